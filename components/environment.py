@@ -1,0 +1,54 @@
+"""What every component of an environment shares: settings, look-ups, tags, CA, SSH key.
+
+Tags come from here and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pulumi
+import pulumi_tls as tls
+
+from components.lookups import Lookups, look_up
+from components.pki import CertificateAuthority
+from settings import NAMESPACE, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """One environment, as its components see it."""
+
+    stack: str
+    settings: Settings
+    lookups: Lookups
+    authority: CertificateAuthority
+    ssh_key: tls.PrivateKey
+
+    @property
+    def prefix(self) -> str:
+        """What names of AWS resources begin with, so that two stacks can share an account."""
+        return f"{NAMESPACE}-{self.stack}"
+
+    def tags(self, name: str) -> Mapping[str, str]:
+        """The tags of an AWS resource. The program's own win over the user's."""
+        return {
+            **self.settings.tags,
+            "Name": f"{self.prefix}-{name}",
+            "Project": NAMESPACE,
+            "Stack": self.stack,
+            "ManagedBy": "pulumi",
+        }
+
+
+def make_environment(settings: Settings) -> Environment:
+    """The environment of the current stack."""
+    return Environment(
+        stack=pulumi.get_stack(),
+        settings=settings,
+        lookups=look_up(settings),
+        authority=CertificateAuthority("ca"),
+        # ED25519: the one kind that every SSH server of the last decade takes and that is short.
+        ssh_key=tls.PrivateKey("operator-ssh", algorithm="ED25519"),
+    )

@@ -1,0 +1,373 @@
+"""A machine of ours: address, DNS name, data volume, instance, first contact, delivery.
+
+What slave and master share. It does not know what runs on the machine: that is in the HostFiles
+and the secret files it is given.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pulumi
+import pulumi_aws as aws
+import pulumi_command as command
+import pulumi_tls as tls
+from pulumi import CustomTimeouts, Input, Output, ResourceOptions
+
+from components.credentials import RandomCredential
+from components.environment import Environment
+from components.firewall import Firewall, TableOf
+from components.lookups import IMAGES
+from components.pki import LeafArgs, LeafCertificate
+from hostfiles import bundle, cloud_init
+from hostfiles.files import File, HostFiles
+from hostfiles.model import Server, ServerSecrets
+from hostfiles.prometheus import LOCAL_USER
+from settings import HostSettings
+
+# Short, as a replaced address should be known soon; Route 53 bills no extra for it.
+RECORD_TTL_SECONDS = 60
+ROOT_VOLUME_GIB = 8
+# From the call to a host with all packages and releases installed; a t3.micro needs 2 to 3 minutes.
+FIRST_CONTACT_TIMEOUT = "15m"
+# Validators, restarts and Prometheus's replay of its log.
+DELIVERY_TIMEOUT = "15m"
+
+S = TypeVar("S", bound=Server)
+T = TypeVar("T", bound=ServerSecrets)
+
+
+class HostAddress(pulumi.ComponentResource):
+    """A public address and the DNS name that points to it.
+
+    Made before anything else, so that certificates and firewall tables, of this host and of
+    others, wait for no instance.
+    """
+
+    fqdn: str
+    public_ip: Output[str]
+    allocation_id: Output[str]
+
+    def __init__(
+        self,
+        name: str,
+        host: HostSettings,
+        environment: Environment,
+        opts: ResourceOptions | None = None,
+    ) -> None:
+        super().__init__("prometheus-federation:index:HostAddress", name, None, opts)
+        child_opts = ResourceOptions(parent=self)
+        self.fqdn = environment.settings.fqdn(host)
+        eip = aws.ec2.Eip(
+            name, domain="vpc", region=host.region, tags=environment.tags(name), opts=child_opts
+        )
+        self.public_ip = eip.public_ip
+        self.allocation_id = eip.allocation_id
+        aws.route53.Record(
+            name,
+            zone_id=environment.lookups.zone_id,
+            name=self.fqdn,
+            type="A",
+            ttl=RECORD_TTL_SECONDS,
+            records=[eip.public_ip],
+            opts=child_opts,
+        )
+        self.register_outputs({"fqdn": self.fqdn, "publicIp": self.public_ip})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves:
+    """The leaf certificates of a server: one key for each program that reads one."""
+
+    prometheus: LeafCertificate
+    nginx: LeafCertificate
+    node_exporter: LeafCertificate
+
+
+class Host(pulumi.ComponentResource):
+    """The machine behind an address.
+
+    Made in two steps, because what is on a machine names its data volume, address and firewall:
+    the constructor makes these, `boot` the rest.
+    """
+
+    address: HostAddress
+    firewall: Firewall
+    host_key: Output[str]
+
+    def __init__(
+        self,
+        name: str,
+        host: HostSettings,
+        table: TableOf,
+        peer_addresses: Mapping[str, Input[str]],
+        address: HostAddress,
+        environment: Environment,
+        opts: ResourceOptions | None = None,
+    ) -> None:
+        super().__init__("prometheus-federation:index:Host", name, None, opts)
+        self._name = name
+        self._host = host
+        self._environment = environment
+        self._child_opts = ResourceOptions(parent=self)
+        self.address = address
+        self._network = environment.lookups.network(host)
+        self.firewall = Firewall(
+            name,
+            table(self._network),
+            peer_addresses,
+            environment,
+            self._network.vpc_id,
+            host.region,
+            opts=self._child_opts,
+        )
+        self._volume = self._create_volume()
+        self._leaves = self._create_leaves()
+        self._local = RandomCredential(f"{name}-local", LOCAL_USER, opts=self._child_opts)
+
+    def boot(self, files: Output[HostFiles], secret_files: Output[tuple[File, ...]]) -> None:
+        """Boots the machine from the files that are not secret, then delivers all of them."""
+        # The key of first contact stands in user-data, which anyone may read who may describe
+        # instances; replace-host-key ends its use before the first secret is sent.
+        first_contact = self._create_host_key("first-contact")
+        permanent = self._create_host_key("host-key")
+        self.host_key = permanent.public_key_openssh
+        user_data = Output.all(
+            files, first_contact.private_key_openssh, first_contact.public_key_openssh
+        ).apply(
+            lambda args: base64.b64encode(
+                cloud_init.user_data(
+                    args[0], first_contact_key=args[1], first_contact_public=args[2]
+                )
+            ).decode()
+        )
+        instance = self._create_instance(user_data)
+        attached = self._attach(instance)
+        bootstrap = self._create_command(
+            "first-contact",
+            instance,
+            host_key=first_contact.public_key_openssh,
+            run="sudo /usr/local/sbin/replace-host-key",
+            stdin=Output.secret(permanent.private_key_openssh),
+            timeout=FIRST_CONTACT_TIMEOUT,
+            depends_on=[*attached, self.firewall],
+        )
+        self._create_command(
+            "bundle",
+            instance,
+            host_key=permanent.public_key_openssh,
+            run="sudo /usr/local/sbin/apply-bundle",
+            stdin=Output.secret(
+                Output.all(files, secret_files).apply(lambda args: bundle.render(*args))
+            ),
+            timeout=DELIVERY_TIMEOUT,
+            depends_on=[bootstrap],
+        )
+        self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
+
+    def server(self, kind: type[S], **special: Any) -> Output[S]:
+        """What the renderers need to know of this machine, with what is special to its kind."""
+        settings = self._environment.settings
+        return Output.all(
+            volume_id=self._volume.id,
+            ca_bundle=self._environment.authority.bundle,
+            rules=self.firewall.rules,
+        ).apply(
+            lambda known: kind(
+                fqdn=self.address.fqdn,
+                memory_mib=settings.memory_mib_of(self._host),
+                volume_gib=settings.volume_gib_of(self._host),
+                prometheus=settings.release("prometheus"),
+                node_exporter=settings.release("nodeExporter"),
+                jobs=tuple(job.job() for job in self._host.jobs),
+                scrape_interval=settings.scrape_interval,
+                evaluation_interval=settings.evaluation_interval,
+                retention_time=settings.retention_time,
+                rule_files=settings.rule_file_contents(),
+                **known,
+                **special,
+            )
+        )
+
+    def secrets(self, kind: type[T], remote: RandomCredential, **special: Input[Any]) -> Output[T]:
+        """The secrets of this machine, with what is special to its kind."""
+        return Output.secret(
+            Output.all(
+                prometheus_leaf=self._leaves.prometheus.leaf,
+                nginx_leaf=self._leaves.nginx.leaf,
+                node_exporter_leaf=self._leaves.node_exporter.leaf,
+                local=self._local.credential,
+                remote=[remote.credential],
+                **special,
+            ).apply(lambda known: kind(**known))
+        )
+
+    @property
+    def outputs(self) -> dict[str, Input[str]]:
+        """How to find the machine, and how to prove that it is the one."""
+        return {
+            "host": self.address.fqdn,
+            "publicIp": self.address.public_ip,
+            "sshCommand": f"ssh -i operator.key {self._user}@{self.address.fqdn}",
+            "sshHostKey": self.host_key,
+        }
+
+    @property
+    def _user(self) -> str:
+        return IMAGES[self._environment.settings.os].user
+
+    def _create_volume(self) -> aws.ebs.Volume:
+        return aws.ebs.Volume(
+            f"{self._name}-data",
+            availability_zone=self._network.availability_zone,
+            size=self._environment.settings.volume_gib_of(self._host),
+            type="gp3",
+            encrypted=True,
+            region=self._host.region,
+            tags=self._environment.tags(f"{self._name}-data"),
+            opts=ResourceOptions(parent=self, protect=self._environment.settings.protect_data),
+        )
+
+    def _create_leaves(self) -> Leaves:
+        authority = self._environment.authority
+        fqdn = self.address.fqdn
+        return Leaves(
+            # Server on loopback, and client towards exporters and slaves.
+            prometheus=LeafCertificate(
+                f"{self._name}-prometheus",
+                LeafArgs(
+                    common_name=fqdn,
+                    more_names=["localhost"],
+                    ip_addresses=["127.0.0.1"],
+                    client=True,
+                ),
+                authority,
+                opts=self._child_opts,
+            ),
+            nginx=LeafCertificate(
+                f"{self._name}-nginx",
+                LeafArgs(common_name=fqdn, ip_addresses=[self.address.public_ip]),
+                authority,
+                opts=self._child_opts,
+            ),
+            node_exporter=LeafCertificate(
+                f"{self._name}-node-exporter",
+                LeafArgs(common_name=fqdn, more_names=["localhost"], ip_addresses=["127.0.0.1"]),
+                authority,
+                opts=self._child_opts,
+            ),
+        )
+
+    def _create_host_key(self, purpose: str) -> tls.PrivateKey:
+        # One for each generation: a new instance starts with a first contact of its own.
+        return tls.PrivateKey(
+            f"{self._name}-{purpose}-{self._host.generation}",
+            algorithm="ED25519",
+            opts=self._child_opts,
+        )
+
+    def _create_instance(self, user_data: Output[str]) -> aws.ec2.Instance:
+        settings = self._environment.settings
+        key_pair = aws.ec2.KeyPair(
+            self._name,
+            key_name_prefix=f"{self._environment.prefix}-{self._name}-",
+            public_key=self._environment.ssh_key.public_key_openssh,
+            region=self._host.region,
+            tags=self._environment.tags(self._name),
+            opts=self._child_opts,
+        )
+        instance_type = settings.instance_type_of(self._host)
+        return aws.ec2.Instance(
+            f"{self._name}-{self._host.generation}",
+            ami=self._environment.lookups.image(self._host),
+            instance_type=instance_type,
+            subnet_id=self._network.subnet_id,
+            vpc_security_group_ids=[self.firewall.security_group_id],
+            key_name=key_pair.key_name,
+            # Until the Elastic IP is there, packages come over a passing public address.
+            associate_public_ip_address=True,
+            user_data_base64=user_data,
+            # IMDSv2 only, and no forwarding of its answers off the host.
+            metadata_options=aws.ec2.InstanceMetadataOptionsArgs(
+                http_endpoint="enabled", http_tokens="required", http_put_response_hop_limit=1
+            ),
+            root_block_device=aws.ec2.InstanceRootBlockDeviceArgs(
+                encrypted=True,
+                volume_type="gp3",
+                volume_size=ROOT_VOLUME_GIB,
+                tags=self._environment.tags(f"{self._name}-root"),
+            ),
+            # `unlimited`, the default, bills what is used above the baseline.
+            credit_specification=aws.ec2.InstanceCreditSpecificationArgs(cpu_credits="standard")
+            if instance_type.startswith("t")
+            else None,
+            region=self._host.region,
+            tags=self._environment.tags(self._name),
+            opts=ResourceOptions(
+                parent=self,
+                # Both would stop or replace a running server; the bundle is the way of change,
+                # and `generation` the way to a new instance.
+                ignore_changes=["userDataBase64", "ami"],
+            ),
+        )
+
+    def _attach(self, instance: aws.ec2.Instance) -> list[pulumi.Resource]:
+        association = aws.ec2.EipAssociation(
+            self._name,
+            allocation_id=self.address.allocation_id,
+            instance_id=instance.id,
+            region=self._host.region,
+            opts=self._child_opts,
+        )
+        attachment = aws.ec2.VolumeAttachment(
+            self._name,
+            device_name="/dev/sdf",
+            volume_id=self._volume.id,
+            instance_id=instance.id,
+            # A file system must not be torn off a running Prometheus.
+            stop_instance_before_detaching=True,
+            region=self._host.region,
+            # A volume is on one instance at a time: it must leave the old one first.
+            opts=ResourceOptions(parent=self, delete_before_replace=True),
+        )
+        return [association, attachment]
+
+    def _create_command(
+        self,
+        purpose: str,
+        instance: aws.ec2.Instance,
+        *,
+        host_key: Output[str],
+        run: str,
+        stdin: Output[str],
+        timeout: str,
+        depends_on: list[pulumi.Resource],
+    ) -> command.remote.Command:
+        return command.remote.Command(
+            f"{self._name}-{purpose}",
+            connection=command.remote.ConnectionArgs(
+                host=self.address.public_ip,
+                user=self._user,
+                private_key=Output.secret(self._environment.ssh_key.private_key_openssh),
+                # Without it the provider would talk to anyone.
+                host_key=host_key,
+                # Refused dials use up a limit of tries at once; custom_timeouts bounds the wait.
+                dial_error_limit=-1,
+                per_dial_timeout=15,
+            ),
+            create=run,
+            update=run,
+            stdin=stdin,
+            triggers=[instance.id],
+            logging=command.remote.Logging.NONE,
+            add_previous_output_in_env=False,
+            opts=ResourceOptions(
+                parent=self,
+                depends_on=depends_on,
+                additional_secret_outputs=["stdout", "stderr"],
+                custom_timeouts=CustomTimeouts(create=timeout, update=timeout),
+            ),
+        )

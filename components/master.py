@@ -1,0 +1,92 @@
+"""The master Prometheus: what is special to it, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pulumi
+from pulumi import Input, Output, ResourceOptions
+
+from components.credentials import RandomCredential
+from components.environment import Environment
+from components.firewall import Table, TableOf
+from components.host import Host, HostAddress
+from components.lookups import Network
+from components.slave import Slave
+from hostfiles import firewall, master
+from hostfiles.model import MasterSecrets, MasterServer
+from settings import FEDERATION_PORT, UI_PORT, MasterSettings
+
+UI_USER = "prometheus-admin"
+
+
+class Master(pulumi.ComponentResource):
+    """A master: federates the slaves, and serves people and programs on its web page.
+
+    `address` is made by the caller, as the slaves' firewalls need it first.
+    """
+
+    host: Host
+    ui: RandomCredential
+
+    def __init__(
+        self,
+        settings: MasterSettings,
+        address: HostAddress,
+        slaves: Sequence[Slave],
+        environment: Environment,
+        opts: ResourceOptions | None = None,
+    ) -> None:
+        name = "master"
+        super().__init__("prometheus-federation:index:Master", name, None, opts)
+        child_opts = ResourceOptions(parent=self)
+        self.host = Host(
+            name,
+            settings,
+            _table(settings, environment),
+            {slave.site.site: slave.host.address.public_ip for slave in slaves},
+            address,
+            environment,
+            opts=child_opts,
+        )
+        self.ui = RandomCredential(f"{name}-ui", UI_USER, settings.password, opts=child_opts)
+        server = self.host.server(
+            MasterServer,
+            external_labels={},
+            sites=tuple(slave.site for slave in slaves),
+            ui_port=UI_PORT,
+        )
+        secrets = self.host.secrets(
+            MasterSecrets,
+            self.ui,
+            site_passwords={slave.site.site: slave.federation.password for slave in slaves},
+        )
+        self.host.boot(
+            server.apply(master.host_files),
+            Output.all(server, secrets).apply(lambda pair: master.secret_files(*pair)),
+        )
+        self.register_outputs(self.outputs)
+
+    @property
+    def outputs(self) -> dict[str, Input[str]]:
+        """What a person needs to know of the master."""
+        return {
+            "url": f"https://{self.host.address.fqdn}",
+            "user": UI_USER,
+            **self.host.outputs,
+        }
+
+
+def _table(settings: MasterSettings, environment: Environment) -> TableOf:
+    def with_network(network: Network) -> Table:
+        return lambda addresses: firewall.master_rules(
+            operator_cidrs=environment.settings.operator_cidrs,
+            package_cidrs=environment.settings.package_cidrs,
+            slaves={site: (f"{ip}/32", FEDERATION_PORT) for site, ip in addresses.items()},
+            ui_port=UI_PORT,
+            vpc_cidr=network.vpc_cidr,
+            target_cidrs=settings.target_cidrs,
+            jobs=[job.job() for job in settings.jobs],
+        )
+
+    return with_network

@@ -1,0 +1,116 @@
+"""The stack's own certificate authority and the leaf certificates it signs.
+
+Keys are ECDSA P-256 and live in the encrypted state and on their host, nowhere else. This module
+does not know what a certificate is used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pulumi
+import pulumi_tls as tls
+from pulumi import Input, Output, ResourceOptions
+
+from hostfiles.model import Leaf
+
+ORGANIZATION = "prometheus-federation"
+
+CA_HOURS = 10 * 365 * 24
+LEAF_HOURS = 90 * 24
+# `pulumi up` makes a new leaf from 30 days before the old one ends.
+LEAF_EARLY_RENEWAL_HOURS = 30 * 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafArgs:
+    """What a leaf certificate says. The common name is also its first DNS name."""
+
+    common_name: str
+    ip_addresses: Sequence[Input[str]] = ()
+    more_names: Sequence[str] = ()
+    server: bool = True
+    client: bool = False
+
+
+class CertificateAuthority(pulumi.ComponentResource):
+    """A private CA.
+
+    `bundle` is the PEM of all CA certificates that hosts are to trust.
+    """
+
+    bundle: Output[str]
+
+    def __init__(self, name: str, opts: ResourceOptions | None = None) -> None:
+        super().__init__("prometheus-federation:index:CertificateAuthority", name, None, opts)
+        child_opts = ResourceOptions(parent=self)
+        self.key = tls.PrivateKey(
+            f"{name}-key", algorithm="ECDSA", ecdsa_curve="P256", opts=child_opts
+        )
+        self.certificate = tls.SelfSignedCert(
+            f"{name}-certificate",
+            private_key_pem=Output.secret(self.key.private_key_pem),
+            subject=tls.SelfSignedCertSubjectArgs(
+                common_name="Prometheus federation CA", organization=ORGANIZATION
+            ),
+            is_ca_certificate=True,
+            set_subject_key_id=True,
+            validity_period_hours=CA_HOURS,
+            allowed_uses=["cert_signing", "crl_signing"],
+            opts=child_opts,
+        )
+        self.bundle = self.certificate.cert_pem
+        self.register_outputs({"bundle": self.bundle})
+
+
+class LeafCertificate(pulumi.ComponentResource):
+    """A key and its certificate, signed by the authority.
+
+    `leaf` holds both, as a secret.
+    """
+
+    leaf: Output[Leaf]
+
+    def __init__(
+        self,
+        name: str,
+        args: LeafArgs,
+        authority: CertificateAuthority,
+        opts: ResourceOptions | None = None,
+    ) -> None:
+        super().__init__("prometheus-federation:index:LeafCertificate", name, None, opts)
+        child_opts = ResourceOptions(parent=self)
+        key = tls.PrivateKey(f"{name}-key", algorithm="ECDSA", ecdsa_curve="P256", opts=child_opts)
+        key_pem = Output.secret(key.private_key_pem)
+        request = tls.CertRequest(
+            f"{name}-request",
+            private_key_pem=key_pem,
+            subject=tls.CertRequestSubjectArgs(
+                common_name=args.common_name, organization=ORGANIZATION
+            ),
+            dns_names=[args.common_name, *args.more_names],
+            ip_addresses=list(args.ip_addresses),
+            opts=child_opts,
+        )
+        certificate = tls.LocallySignedCert(
+            f"{name}-certificate",
+            cert_request_pem=request.cert_request_pem,
+            ca_private_key_pem=Output.secret(authority.key.private_key_pem),
+            ca_cert_pem=authority.certificate.cert_pem,
+            validity_period_hours=LEAF_HOURS,
+            early_renewal_hours=LEAF_EARLY_RENEWAL_HOURS,
+            set_subject_key_id=True,
+            allowed_uses=[
+                "digital_signature",
+                *(["server_auth"] if args.server else []),
+                *(["client_auth"] if args.client else []),
+            ],
+            opts=child_opts,
+        )
+        self.leaf = Output.secret(
+            Output.all(certificate.cert_pem, key_pem).apply(
+                lambda pair: Leaf(certificate=pair[0], key=pair[1])
+            )
+        )
+        self.register_outputs({})

@@ -1,0 +1,119 @@
+"""A site's slave Prometheus: what is special to it, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pulumi
+from pulumi import Input, Output, ResourceOptions
+
+from components.credentials import RandomCredential
+from components.environment import Environment
+from components.firewall import Table, TableOf
+from components.host import Host, HostAddress
+from components.lookups import Network
+from hostfiles import firewall, slave
+from hostfiles.model import FederatedSite, ServerSecrets, SlaveServer
+from settings import FEDERATION_PORT, Settings, SlaveSettings
+
+FEDERATION_USER = "prometheus-admin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatingMaster:
+    """Who may federate a slave: the name in its client certificate, and where it comes from.
+
+    `cidrs` are known from settings; `public_ip` is the address of a master of this
+    environment.
+    """
+
+    name: str
+    cidrs: tuple[str, ...] = ()
+    public_ip: Input[str] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, master_address: HostAddress | None) -> FederatingMaster:
+        """The master that an environment's settings speak of, its own or an existing one."""
+        if master_address is not None:
+            return cls(name=master_address.fqdn, public_ip=master_address.public_ip)
+        if settings.existing_master is None:
+            raise ValueError("an environment without any master has nobody to federate it")
+        return cls(name=settings.existing_master.host, cidrs=settings.existing_master.cidrs)
+
+
+class Slave(pulumi.ComponentResource):
+    """A slave: scrapes its site, and answers `GET /federate` to its master alone."""
+
+    site: FederatedSite
+    host: Host
+    federation: RandomCredential
+
+    def __init__(
+        self,
+        settings: SlaveSettings,
+        master: FederatingMaster,
+        environment: Environment,
+        opts: ResourceOptions | None = None,
+    ) -> None:
+        name = f"slave-{settings.site}"
+        super().__init__("prometheus-federation:index:Slave", name, None, opts)
+        child_opts = ResourceOptions(parent=self)
+        address = HostAddress(name, settings, environment, opts=child_opts)
+        self.host = Host(
+            name,
+            settings,
+            _table(settings, master, environment),
+            {} if master.public_ip is None else {"master": master.public_ip},
+            address,
+            environment,
+            opts=child_opts,
+        )
+        self.federation = RandomCredential(
+            f"{name}-federation", FEDERATION_USER, settings.password, opts=child_opts
+        )
+        self.site = FederatedSite(
+            site=settings.site,
+            host=address.fqdn,
+            port=FEDERATION_PORT,
+            user=FEDERATION_USER,
+            match=settings.match,
+            scrape_interval=environment.settings.scrape_interval,
+            sample_limit=settings.sample_limit,
+        )
+        server = self.host.server(
+            SlaveServer,
+            external_labels={"site": settings.site},
+            site=settings.site,
+            master_name=master.name,
+            federation_port=FEDERATION_PORT,
+        )
+        secrets = self.host.secrets(ServerSecrets, self.federation)
+        self.host.boot(
+            server.apply(slave.host_files),
+            Output.all(server, secrets).apply(lambda pair: slave.secret_files(*pair)),
+        )
+        self.register_outputs(self.outputs)
+
+    @property
+    def outputs(self) -> dict[str, Input[str]]:
+        """What a person or a master elsewhere needs to know of this slave."""
+        return {
+            "federationUrl": f"https://{self.site.host}:{self.site.port}/federate",
+            "federationUser": FEDERATION_USER,
+            **self.host.outputs,
+        }
+
+
+def _table(settings: SlaveSettings, master: FederatingMaster, environment: Environment) -> TableOf:
+    def with_network(network: Network) -> Table:
+        return lambda addresses: firewall.slave_rules(
+            operator_cidrs=environment.settings.operator_cidrs,
+            package_cidrs=environment.settings.package_cidrs,
+            master_cidrs=(*master.cidrs, *(f"{ip}/32" for ip in addresses.values())),
+            federation_port=FEDERATION_PORT,
+            vpc_cidr=network.vpc_cidr,
+            target_cidrs=settings.target_cidrs,
+            jobs=[job.job() for job in settings.jobs],
+        )
+
+    return with_network

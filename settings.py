@@ -1,0 +1,525 @@
+"""The settings of one environment: read once, checked, frozen.
+
+This module is the only reader of `pulumi.Config`. Defaults stand in Pulumi.yaml; here stands what
+makes a value acceptable. It knows nothing of AWS resources and makes none.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pulumi
+import yaml
+from pulumi.runtime import config as runtime_config
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+
+from hostfiles.model import Job, Release
+
+NAMESPACE = "prometheus-federation"
+
+# Ports of the documents in seeds/; both are what firewalls, certificates and URLs agree on.
+FEDERATION_PORT = 9095
+UI_PORT = 443
+
+# 24 characters of [A-Za-z0-9] are 142 bits: out of reach for guessing even behind a cheap hash.
+PASSWORD_MIN = 24
+# bcrypt reads 72 bytes and no more (bcrypt 5 raises beyond them).
+PASSWORD_MAX = 72
+
+
+def _official(name: str, version: str, sha256: str) -> Release:
+    tarball = f"v{version}/{name}-{version}.linux-amd64.tar.gz"
+    url = f"https://github.com/prometheus/{name}/releases/download/{tarball}"
+    return Release(name=name, version=version, sha256=sha256, url=url)
+
+
+# By their keys in the setting `releases`. Sums agreed by two or more independent public records.
+RELEASES = {
+    "prometheus": _official(
+        "prometheus", "3.13.2", "0e8c4d46101bd025ea8265e377d2caabc57f488fc1be1c367f37db69ea41be6f"
+    ),
+    "nodeExporter": _official(
+        "node_exporter",
+        "1.12.1",
+        "b51d8a76aa2a9156a55d501aca6276fae09e262259a5e4e831d2c2222f084e63",
+    ),
+}
+
+# Memory of EC2's families at size `large`, in MiB; each other size is a multiple of it.
+# https://docs.aws.amazon.com/ec2/latest/instancetypes/instance-types.html
+_MEMORY_OF_LARGE = {"t": 8192, "m": 8192, "c": 4096, "r": 16384}
+_SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large": 1}
+
+# Keys of scrape_config that a job may carry as they are. Left out: what this program sets itself
+# and what would put a secret into user-data or switch a check off.
+# https://prometheus.io/docs/prometheus/latest/configuration/configuration/#scrape_config
+JOB_OPTIONS = frozenset(
+    "scrape_interval scrape_timeout scrape_protocols fallback_scrape_protocol metrics_path params "
+    "scheme honor_labels honor_timestamps track_timestamps_staleness follow_redirects enable_http2 "
+    "enable_compression relabel_configs metric_relabel_configs sample_limit label_limit "
+    "label_name_length_limit label_value_length_limit target_limit body_size_limit "
+    "scrape_classic_histograms always_scrape_classic_histograms scrape_native_histograms "
+    "native_histogram_bucket_limit native_histogram_min_bucket_factor keep_dropped_targets "
+    "metric_name_validation_scheme".split()
+)
+
+
+class SettingsError(pulumi.RunError):
+    """One or more settings are wrong. The text names each key, its value and the remedy.
+
+    A RunError ends the program with this text alone, without a stack trace.
+    """
+
+
+def _domain_name(value: str) -> str:
+    label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    if len(value) > 253 or not re.fullmatch(rf"{label}(\.{label})+", value):
+        raise ValueError("is not a domain name; write it like example.com")
+    return value
+
+
+def _host_label(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
+        raise ValueError(
+            "is not a host name; use up to 63 lower-case letters, digits and hyphens, "
+            "without the zone"
+        )
+    return value
+
+
+def _cidr(value: str) -> str:
+    try:
+        return str(ipaddress.IPv4Network(value))
+    except ValueError as error:
+        raise ValueError(
+            f"is not an IPv4 network ({error}); write it like 203.0.113.7/32"
+        ) from None
+
+
+def _duration(value: str) -> str:
+    seconds(value)
+    return value
+
+
+_DURATION_UNITS = {
+    "y": 365 * 86400.0,
+    "w": 7 * 86400.0,
+    "d": 86400.0,
+    "h": 3600.0,
+    "m": 60.0,
+    "s": 1.0,
+    "ms": 0.001,
+}
+
+
+def seconds(duration: str) -> float:
+    """Seconds of a Prometheus duration such as `1m30s`.
+
+    https://prometheus.io/docs/prometheus/latest/configuration/configuration/#configuration-file
+    """
+    parts = re.findall(r"(\d+)(ms|[ywdhms])", duration)
+    if not parts or "".join(n + u for n, u in parts) != duration:
+        raise ValueError("is not a Prometheus duration; write it like 15s, 1m30s or 30d")
+    total = sum(int(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    if total <= 0:
+        raise ValueError("is no time at all; write it like 15s, 1m30s or 30d")
+    return total
+
+
+def _target(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("has no port; write it like core01.example.internal:9100")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+        raise ValueError("has no host name or IPv4 address; write it like core01.internal:9100")
+    return value
+
+
+def _label_name(value: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", value) or value.startswith("__"):
+        raise ValueError("is not a label name; use letters, digits and _, not __ in front")
+    return value
+
+
+def _password(value: SecretStr) -> SecretStr:
+    length = len(value.get_secret_value().encode())
+    if not PASSWORD_MIN <= length <= PASSWORD_MAX:
+        raise ValueError(
+            f"has {length} bytes; give it {PASSWORD_MIN} to {PASSWORD_MAX}, "
+            "or leave it out and a random one is made"
+        )
+    if not re.fullmatch(r"[!-9;-~]+", value.get_secret_value()):
+        raise ValueError("holds a blank, a colon or a character beyond ASCII; leave these out")
+    return value
+
+
+def _memory_of(instance_type: str) -> int:
+    family, _, size = instance_type.partition(".")
+    match = re.fullmatch(r"([tmcr])\d+[a-z-]*", family)
+    factor = _SIZE.get(size) or (
+        (2.0 if size == "xlarge" else 2.0 * int(size[:-6]))
+        if re.fullmatch(r"\d*xlarge", size)
+        else None
+    )
+    if match is None or factor is None or re.fullmatch(r"[a-z]+\d+g[a-z]*", family):
+        raise ValueError(
+            "is not an x86-64 type of the t, m, c or r families; use one such as t3.micro or "
+            "m7i.large"
+        )
+    return int(_MEMORY_OF_LARGE[match[1]] * factor)
+
+
+def _instance_type(value: str) -> str:
+    _memory_of(value)
+    return value
+
+
+def _none_if_empty(value: Any) -> Any:
+    return None if value in ({}, "") else value
+
+
+DomainName = Annotated[str, AfterValidator(_domain_name)]
+HostLabel = Annotated[str, AfterValidator(_host_label)]
+Cidr = Annotated[str, AfterValidator(_cidr)]
+Duration = Annotated[str, AfterValidator(_duration)]
+Target = Annotated[str, AfterValidator(_target)]
+LabelName = Annotated[str, AfterValidator(_label_name)]
+Password = Annotated[SecretStr, AfterValidator(_password)]
+InstanceType = Annotated[str, AfterValidator(_instance_type)]
+SubnetId = Annotated[str, Field(pattern=r"^subnet-[a-z0-9-]+$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=to_camel, hide_input_in_errors=False
+    )
+
+
+class JobSettings(_Model):
+    """A scrape job. Keys beside name, targets and labels are Prometheus's own, by its own names."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", alias_generator=None)
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    labels: Mapping[LabelName, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known_options(self) -> JobSettings:
+        for key in self.model_extra or {}:
+            if key not in JOB_OPTIONS:
+                raise ValueError(
+                    f"holds the key {key!r}, which a job may not have; it takes name, targets, "
+                    f"labels and these of Prometheus's scrape_config: "
+                    f"{', '.join(sorted(JOB_OPTIONS))}"
+                )
+        for key in ("scrape_interval", "scrape_timeout"):
+            if key in (self.model_extra or {}):
+                seconds(str((self.model_extra or {})[key]))
+        return self
+
+    def job(self) -> Job:
+        """The same job as the renderers take it."""
+        return Job(
+            name=self.name,
+            targets=self.targets,
+            labels=dict(self.labels),
+            options=dict(self.model_extra or {}),
+        )
+
+
+class HostSettings(_Model):
+    """What a slave and a master may both say of their host.
+
+    `generation`, bumped, makes a new instance beside the old one from today's user-data.
+    """
+
+    host: HostLabel
+    region: str | None = None
+    subnet_id: SubnetId | None = None
+    instance_type: InstanceType | None = None
+    data_volume_gib: Annotated[int, Field(ge=4, le=16384)] | None = None
+    generation: Annotated[int, Field(ge=1)] = 1
+    jobs: tuple[JobSettings, ...] = ()
+    # Where the targets of `jobs` are, for the egress rules; empty: anywhere in the host's own VPC.
+    target_cidrs: tuple[Cidr, ...] = ()
+    password: Password | None = None
+
+    @field_validator("jobs")
+    @classmethod
+    def _unique_jobs(cls, jobs: tuple[JobSettings, ...]) -> tuple[JobSettings, ...]:
+        reserved = {"prometheus", "node", "federate"}
+        for name, count in Counter(job.name for job in jobs).items():
+            if count > 1:
+                raise ValueError(f"holds {count} jobs named {name!r}; give each its own name")
+            if name in reserved:
+                raise ValueError(
+                    f"holds a job named {name!r}, which is the program's own; name it otherwise "
+                    f"(reserved: {', '.join(sorted(reserved))})"
+                )
+        return jobs
+
+
+class SlaveSettings(HostSettings):
+    """One site: its slave Prometheus, what that scrapes, and what the master takes of it."""
+
+    site: HostLabel
+    match: Annotated[tuple[str, ...], Field(min_length=1)] = ('{__name__=~".+"}',)
+    sample_limit: Annotated[int, Field(ge=1)] = 200_000
+
+
+class MasterSettings(HostSettings):
+    """The master Prometheus of this environment."""
+
+
+class ExistingMasterSettings(_Model):
+    """A Prometheus that someone else runs and that will federate the slaves of this environment."""
+
+    host: DomainName
+    cidrs: Annotated[tuple[Cidr, ...], Field(min_length=1)]
+
+
+class ReleaseSettings(_Model):
+    """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+
+
+class ReleasesSettings(_Model):
+    """Releases by program."""
+
+    prometheus: ReleaseSettings | None = None
+    node_exporter: ReleaseSettings | None = None
+
+
+class Settings(_Model):
+    """An environment. Every field is a key of Pulumi.yaml, where its meaning and default stand."""
+
+    zone: DomainName
+    operator_cidrs: Annotated[tuple[Cidr, ...], Field(min_length=1)]
+    package_cidrs: tuple[Cidr, ...]
+    certificates: Literal["ownCa"]
+    os: Literal["debian13", "ubuntu2404"]
+    ami_id: Annotated[
+        Annotated[str, Field(pattern=r"^ami-[a-z0-9]+$")] | None, BeforeValidator(_none_if_empty)
+    ]
+    instance_type: InstanceType
+    data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
+    protect_data: bool
+    retention_time: Duration
+    scrape_interval: Duration
+    evaluation_interval: Duration
+    rule_files: tuple[str, ...]
+    tags: Mapping[str, str]
+    releases: ReleasesSettings
+    slaves: tuple[SlaveSettings, ...]
+    master: Annotated[MasterSettings | None, BeforeValidator(_none_if_empty)]
+    existing_master: Annotated[ExistingMasterSettings | None, BeforeValidator(_none_if_empty)]
+
+    @field_validator("rule_files")
+    @classmethod
+    def _readable_rules(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        for path in paths:
+            _check_rule_file(path)
+        for name, count in Counter(Path(path).name for path in paths).items():
+            if count > 1:
+                raise ValueError(f"names {count} files {name!r}; on a host they share one folder")
+        return paths
+
+    @field_validator("slaves")
+    @classmethod
+    def _unique_sites(cls, slaves: tuple[SlaveSettings, ...]) -> tuple[SlaveSettings, ...]:
+        for attribute in ("site", "host"):
+            for name, count in Counter(getattr(slave, attribute) for slave in slaves).items():
+                if count > 1:
+                    raise ValueError(
+                        f"holds {count} slaves with {attribute} {name!r}; give each its own"
+                    )
+        return slaves
+
+    @model_validator(mode="after")
+    def _one_master(self) -> Settings:
+        if not self.slaves and self.master is None:
+            raise ValueError("there is neither a slave nor a master; add slaves, master or both")
+        if self.master is not None and self.existing_master is not None:
+            raise ValueError("master and existingMaster exclude each other; keep one")
+        if self.master is None and self.existing_master is None:
+            raise ValueError(
+                "nobody may federate the slaves; add master, or existingMaster with the host and "
+                "cidrs of the Prometheus that will"
+            )
+        if self.master is not None and self.master.host in {slave.host for slave in self.slaves}:
+            raise ValueError(f"master and a slave are both named {self.master.host!r}; rename one")
+        return self
+
+    def instance_type_of(self, host: HostSettings) -> str:
+        """The EC2 instance type of a host."""
+        return host.instance_type or self.instance_type
+
+    def memory_mib_of(self, host: HostSettings) -> int:
+        """The memory of a host's instance type, in MiB."""
+        return _memory_of(self.instance_type_of(host))
+
+    def volume_gib_of(self, host: HostSettings) -> int:
+        """The size of a host's data volume, in GiB."""
+        return host.data_volume_gib or self.data_volume_gib
+
+    def fqdn(self, host: HostSettings) -> str:
+        """A host's name in the zone."""
+        return f"{host.host}.{self.zone}"
+
+    def release(self, key: Literal["prometheus", "nodeExporter"]) -> Release:
+        """The release of a program: the pinned one unless the settings name another."""
+        pinned = RELEASES[key]
+        chosen = self.releases.prometheus if key == "prometheus" else self.releases.node_exporter
+        if chosen is None:
+            return pinned
+        official = _official(pinned.name, chosen.version, chosen.sha256)
+        return replace(official, url=chosen.url) if chosen.url else official
+
+    def rule_file_contents(self) -> dict[str, str]:
+        """The rule files by the name they have on a host."""
+        return {Path(path).name: Path(path).read_text() for path in self.rule_files}
+
+
+class _Rule(BaseModel):
+    """https://prometheus.io/docs/prometheus/latest/configuration/recording_rules/."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    record: str | None = None
+    alert: str | None = None
+    expr: str | int | float
+    for_: Annotated[Duration | None, Field(alias="for")] = None
+    keep_firing_for: Duration | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> _Rule:
+        if (self.record is None) == (self.alert is None):
+            raise ValueError("needs either record or alert")
+        return self
+
+
+class _RuleGroup(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    interval: Duration | None = None
+    query_offset: Duration | None = None
+    limit: int = 0
+    labels: dict[str, str] = Field(default_factory=dict)
+    rules: list[_Rule] = Field(default_factory=list)
+
+
+class _RuleFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    groups: list[_RuleGroup]
+
+
+def _check_rule_file(path: str) -> None:
+    """The shape of a rule file; its PromQL is checked by promtool on the host, before any swap."""
+    try:
+        _RuleFile.model_validate(yaml.safe_load(Path(path).read_text()))
+    except OSError as error:
+        raise ValueError(
+            f"names {path!r}, which cannot be read ({error.strerror}); paths count from the "
+            "project's folder"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"names {path!r}, which is not YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(
+            f"names {path!r}, which is not a rule file: {where}: {first['msg']}; "
+            f"`promtool check rules {path}` tells more"
+        ) from None
+
+
+def load() -> Settings:
+    """The settings of the current stack.
+
+    Raises SettingsError, which names every wrong key, its value and what to write instead.
+    """
+    config = pulumi.Config(NAMESPACE)
+    known = {str(field.alias) for field in Settings.model_fields.values()}
+    if unknown := sorted(_given_keys() - known):
+        raise SettingsError(
+            "\n".join(
+                f"{NAMESPACE}:{key}: there is no such setting; "
+                f"the settings are {', '.join(sorted(known))}"
+                for key in unknown
+            )
+        )
+    given = {key: _decoded(text) for key in known if (text := config.get(key)) is not None}
+    return check(given)
+
+
+def check(given: Mapping[str, Any]) -> Settings:
+    """The settings that a mapping of keys to plain values makes; raises SettingsError."""
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors(include_url=False)]
+        # `from None`: the original holds the whole input, secrets included.
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _given_keys() -> set[str]:
+    """Every key of our namespace that the stack sets; pulumi.Config offers no such list."""
+    everything = {*runtime_config.CONFIG.get(), *runtime_config.get_config_env()}
+    prefix = f"{NAMESPACE}:"
+    return {key.removeprefix(prefix) for key in everything if key.startswith(prefix)}
+
+
+def _decoded(text: str) -> Any:
+    """A setting's value: lists, objects, numbers and booleans reach the program as JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, str) else value
+
+
+def _explain(problem: Any) -> str:
+    """One line of one problem: key, value, remedy. A password's value is not shown."""
+    location = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]
+    ).lstrip(".")
+    key = f"{NAMESPACE}:{location}" if location else f"{NAMESPACE}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: there is no such setting; correct its spelling or remove it"
+    if problem["type"] == "missing":
+        return f"{key}: is missing; set it"
+    value = problem["input"]
+    if "password" in location.lower():
+        shown = "(not shown)"
+    elif isinstance(value, (str, int, float)):
+        shown = repr(value)
+    else:
+        shown = ""
+    return f"{key}: {shown} {message}".replace(":  ", ": ")
