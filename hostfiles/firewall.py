@@ -1,0 +1,223 @@
+"""The firewall table of each kind of host, and the same table as ufw's own files.
+
+The table also becomes the security group (components.firewall). AWS does not filter DHCP, NTP,
+DNS and metadata on their link-local addresses by security groups; ufw does, so they stand here.
+https://manpages.debian.org/trixie/ufw/ufw.8.en.html
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from hostfiles.files import Check, File, Unit
+from hostfiles.model import Job, Rule
+from hostfiles.templates import render
+
+SSH_PORT = 22
+# https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/set-time.html
+TIME_CIDR = "169.254.169.123/32"
+# https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
+METADATA_CIDR = "169.254.169.254/32"
+
+USER_RULES = "/etc/ufw/user.rules"
+USER6_RULES = "/etc/ufw/user6.rules"
+CONFIG = "/etc/ufw/ufw.conf"
+DROP_IN = "/etc/systemd/system/ufw.service.d/federation.conf"
+
+
+def slave_rules(
+    *,
+    operator_cidrs: Sequence[str],
+    master_cidrs: Sequence[str],
+    federation_port: int,
+    package_cidrs: Sequence[str],
+    vpc_cidr: str,
+    jobs: Iterable[Job],
+    target_cidrs: Sequence[str] = (),
+) -> tuple[Rule, ...]:
+    """A slave: its master on the federation port, operators on SSH, out to its targets.
+
+    Targets that are named by host are reached in `target_cidrs`, or in the VPC if there are none.
+    """
+    base = _base(operator_cidrs, package_cidrs, vpc_cidr)
+    return (
+        # Numbered, not named by address: a master's address is known only after `up` began.
+        *(
+            Rule(
+                name=f"federate-{number}",
+                direction="ingress",
+                protocol="tcp",
+                port=federation_port,
+                cidr=cidr,
+                description="Federation by the master",
+            )
+            for number, cidr in enumerate(master_cidrs, start=1)
+        ),
+        *base,
+        *_targets(jobs, target_cidrs or (vpc_cidr,), base),
+    )
+
+
+def master_rules(
+    *,
+    operator_cidrs: Sequence[str],
+    ui_port: int,
+    package_cidrs: Sequence[str],
+    vpc_cidr: str,
+    slaves: Mapping[str, tuple[str, int]],
+    jobs: Iterable[Job],
+    target_cidrs: Sequence[str] = (),
+) -> tuple[Rule, ...]:
+    """A master: operators on its pages and on SSH, out to each slave and to its own targets.
+
+    `slaves` gives the CIDR and port of each site, by site.
+    """
+    base = _base(operator_cidrs, package_cidrs, vpc_cidr)
+    return (
+        *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
+        *base,
+        *(
+            Rule(
+                name=f"out-federate-{site}",
+                direction="egress",
+                protocol="tcp",
+                port=port,
+                cidr=cidr,
+                description=f"Federation of site {site}",
+            )
+            for site, (cidr, port) in sorted(slaves.items())
+        ),
+        *_targets(jobs, target_cidrs or (vpc_cidr,), base),
+    )
+
+
+def files(rules: Sequence[Rule]) -> tuple[File, ...]:
+    """The table as ufw writes it itself, so that `ufw status` shows it."""
+    return (
+        File(path=CONFIG, content=render("ufw/ufw.conf.j2")),
+        File(
+            path=USER_RULES,
+            content=render("ufw/user.rules.j2", ufw="ufw", rules=[_tuple(r) for r in rules]),
+            mode=0o640,
+        ),
+        File(
+            path=USER6_RULES,
+            content=render("ufw/user.rules.j2", ufw="ufw6", rules=[]),
+            mode=0o640,
+        ),
+        File(path=DROP_IN, content=render("systemd/ufw.conf.j2")),
+    )
+
+
+CHECKS = (
+    Check(
+        name="ufw's user.rules",
+        argv=("/usr/sbin/iptables-restore", "--test", "--noflush", f"{{tree}}{USER_RULES}"),
+    ),
+    Check(
+        name="ufw's user6.rules",
+        argv=("/usr/sbin/ip6tables-restore", "--test", "--noflush", f"{{tree}}{USER6_RULES}"),
+    ),
+)
+
+UNIT = Unit(
+    name="ufw.service",
+    restart_on=(CONFIG,),
+    reload_on=("/etc/ufw/",),
+    ready=("/usr/sbin/iptables", "--list-rules", "ufw-user-input"),
+)
+
+
+def _base(
+    operator_cidrs: Sequence[str], package_cidrs: Sequence[str], vpc_cidr: str
+) -> tuple[Rule, ...]:
+    def out(name: str, protocol: Literal["tcp", "udp"], port: int, cidr: str, why: str) -> Rule:
+        return Rule(
+            name=name, direction="egress", protocol=protocol, port=port, cidr=cidr, description=why
+        )
+
+    return (
+        *_each("ingress", "ssh", SSH_PORT, operator_cidrs, "SSH for operators"),
+        *_each("egress", "out-http", 80, package_cidrs, "Packages"),
+        *_each("egress", "out-https", 443, package_cidrs, "Packages and releases"),
+        out("out-dns-udp", "udp", 53, vpc_cidr, "DNS"),
+        out("out-dns-tcp", "tcp", 53, vpc_cidr, "DNS with long answers"),
+        out("out-dhcp", "udp", 67, vpc_cidr, "DHCP renewal"),
+        out("out-ntp", "udp", 123, TIME_CIDR, "Amazon Time Sync Service"),
+        out("out-metadata", "tcp", 80, METADATA_CIDR, "Instance metadata"),
+    )
+
+
+def _each(
+    direction: Literal["ingress", "egress"],
+    name: str,
+    port: int,
+    cidrs: Sequence[str],
+    description: str,
+) -> tuple[Rule, ...]:
+    # The network is in the name: a rule keeps its name when another network joins it.
+    return tuple(
+        Rule(
+            name=f"{name}-{_slug(cidr)}",
+            direction=direction,
+            protocol="tcp",
+            port=port,
+            cidr=cidr,
+            description=description,
+        )
+        for cidr in sorted(set(cidrs))
+    )
+
+
+def _targets(
+    jobs: Iterable[Job], named_cidrs: Sequence[str], others: Iterable[Rule]
+) -> tuple[Rule, ...]:
+    """One rule for each port and network, whichever jobs share them.
+
+    A security group refuses the same rule twice, so what `others` allow is left out.
+    """
+    wanted: set[tuple[int, str]] = set()
+    for job in jobs:
+        for target in job.targets:
+            host, _, port = target.rpartition(":")
+            try:
+                wanted.add((int(port), f"{ipaddress.IPv4Address(host)}/32"))
+            except ipaddress.AddressValueError:
+                wanted.update((int(port), cidr) for cidr in named_cidrs)
+    allowed = {
+        (rule.port, rule.cidr)
+        for rule in others
+        if rule.direction == "egress" and rule.protocol == "tcp"
+    }
+    return tuple(
+        Rule(
+            name=f"out-target-{port}-{_slug(cidr)}",
+            direction="egress",
+            protocol="tcp",
+            port=port,
+            cidr=cidr,
+            description="Scrape targets",
+        )
+        for port, cidr in sorted(wanted - allowed)
+    )
+
+
+def _slug(cidr: str) -> str:
+    return cidr.replace(".", "-").replace("/", "-")
+
+
+def _tuple(rule: Rule) -> dict[str, str | int]:
+    """A rule as the template needs it. ufw leaves /32 away, and the match on any address too."""
+    address = rule.cidr.removesuffix("/32")
+    anywhere = address == "0.0.0.0/0"
+    return {
+        "direction": rule.direction,
+        "protocol": rule.protocol,
+        "port": rule.port,
+        "address": address,
+        "source": "" if anywhere else f" -s {address}",
+        "destination": "" if anywhere else f" -d {address}",
+        "comment": rule.description.encode().hex(),
+    }

@@ -1,0 +1,62 @@
+"""The programs under cloud-init/ that run on a host, and what they set up."""
+
+from __future__ import annotations
+
+from hostfiles import prometheus
+from hostfiles.files import Check, File, Unit
+from hostfiles.model import Server
+from hostfiles.templates import FOLDER, render
+
+NAMES = ("apply-bundle", "install-release", "mount-data", "replace-host-key")
+
+SYSUSERS = "/etc/sysusers.d/federation.conf"
+DATA_VOLUME = "/etc/systemd/system/data-volume.service"
+# Started at boot by systemd's own dependency; nginx, ufw and ssh by their packages.
+_WANTED = ("data-volume.service", "prometheus.service", "node_exporter.service")
+
+
+def files(server: Server) -> tuple[File, ...]:
+    """The programs, the system users and the data volume."""
+    return (
+        *(
+            File(path=f"/usr/local/sbin/{name}", content=(FOLDER / name).read_text(), mode=0o755)
+            for name in NAMES
+        ),
+        # https://www.freedesktop.org/software/systemd/man/latest/sysusers.d.html
+        File(
+            path=SYSUSERS,
+            content=(
+                '# No home and no shell.\nu prometheus - "Prometheus"\n'
+                'u node_exporter - "Prometheus node_exporter"\n'
+            ),
+        ),
+        File(
+            path=DATA_VOLUME,
+            content=render("systemd/data-volume.service.j2", volume_id=server.volume_id),
+        ),
+        File(
+            path="/etc/systemd/system/multi-user.target.d/federation.conf",
+            content=render("systemd/multi-user.target.conf.j2", units=_WANTED),
+        ),
+    )
+
+
+CHECKS = (
+    Check(
+        name="systemd units",
+        argv=(
+            *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
+            f"{{tree}}{DATA_VOLUME}",
+            f"{{tree}}{prometheus.SERVICE}",
+            "{tree}/etc/systemd/system/node_exporter.service",
+        ),
+    ),
+)
+
+# Reloaded when Prometheus's unit changes: its retention size does when the volume grew.
+DATA_VOLUME_UNIT = Unit(
+    name="data-volume.service",
+    restart_on=(),
+    reload_on=(DATA_VOLUME, prometheus.SERVICE),
+    ready=("/usr/bin/mountpoint", "--quiet", "/data"),
+)

@@ -1,0 +1,79 @@
+"""What slave and master have in common, put together."""
+
+from __future__ import annotations
+
+from hostfiles import firewall, nginx, node_exporter, programs, prometheus, sshd
+from hostfiles.files import Check, File, HostFiles
+from hostfiles.model import Server, ServerSecrets
+from hostfiles.releases import directory
+from hostfiles.web_config import web_config
+
+# e2fsprogs is part of every cloud image, but not of every image.
+PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw")
+
+
+def host_files(server: Server) -> HostFiles:
+    """All that is not secret: what a host is at the end of its first boot."""
+    return HostFiles(
+        files=(
+            *programs.files(server),
+            *prometheus.files(server),
+            *node_exporter.files(server),
+            *nginx.files(server),
+            *firewall.files(server.rules),
+            *sshd.FILES,
+        ),
+        checks=(
+            *prometheus.checks(server),
+            _web_config_check(server),
+            *node_exporter.checks(server),
+            *nginx.CHECKS,
+            *firewall.CHECKS,
+            *sshd.CHECKS,
+            *programs.CHECKS,
+        ),
+        # The firewall first: nothing starts to listen before it stands.
+        units=(
+            firewall.UNIT,
+            sshd.UNIT,
+            programs.DATA_VOLUME_UNIT,
+            prometheus.UNIT,
+            node_exporter.UNIT,
+            nginx.unit(server),
+        ),
+        releases=(server.prometheus, server.node_exporter),
+        packages=PACKAGES,
+    )
+
+
+def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
+    """Keys, passwords and hashes, with the certificates that belong to the keys."""
+    return (
+        *prometheus.secret_files(server, secrets),
+        File(
+            path=f"{prometheus.FOLDER}/web.yml",
+            content=web_config(
+                certificate="tls/prometheus.crt",
+                key="tls/prometheus.key",
+                ca="tls/ca.pem",
+                users=[*secrets.remote, secrets.local],
+            ),
+            group=prometheus.GROUP,
+            mode=0o640,
+            secret=True,
+        ),
+        *node_exporter.secret_files(server, secrets),
+        *nginx.secret_files(secrets),
+    )
+
+
+def _web_config_check(server: Server) -> Check:
+    return Check(
+        name="web.yml",
+        argv=(
+            f"{directory(server.prometheus)}/promtool",
+            "check",
+            "web-config",
+            f"{{tree}}{prometheus.FOLDER}/web.yml",
+        ),
+    )
