@@ -1,0 +1,321 @@
+"""The sandbox's command line: up, status, verify, ssh, down."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pulumi
+from rich.console import Console
+from rich.table import Table
+
+from sandbox import host, image, machine, releases, world
+from sandbox.aws import AwsProvider
+from sandbox.command import CommandProvider
+from sandbox.engine import Changes, Engine
+from sandbox.host import SandboxError
+from sandbox.network import Fabric
+from sandbox.plan import SLOTS, Plan, hold
+from sandbox.program import Project, evaluate, plain, read_project
+from sandbox.progress import Steps
+from sandbox.proof import prove
+from sandbox.random import RandomProvider
+from sandbox.recorder import Recorder
+from sandbox.releases import LocalRelease, Pin, ReleaseServer
+from sandbox.state import State
+from sandbox.tls import TlsProvider
+from sandbox.world import World
+from settings import RELEASES
+
+HERE = Path(__file__).resolve().parent.parent
+STACK = "sandbox"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    chosen = _parser().parse_args(argv)
+    console = Console(highlight=False)
+    try:
+        host.require_platform()
+        _become_root(argv if argv is not None else sys.argv[1:])
+        return chosen.run(chosen, console)
+    except KeyboardInterrupt:
+        console.print("stopped; `make up` goes on where this ended, `make down` removes all")
+        return 130
+    except Exception as error:
+        if not isinstance(error, (SandboxError, pulumi.RunError)) and chosen.trace:
+            raise
+        console.print(
+            f"{type(error).__name__ if not str(error) else error}", style="red", markup=False
+        )
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox",
+        description="Boots the environment of Pulumi.sandbox.yaml as real machines on this one.",
+    )
+    parser.add_argument("--slot", type=int, default=0, choices=range(SLOTS), help="which sandbox")
+    parser.add_argument("--state-dir", type=Path, default=HERE / ".sandbox", help="its folder")
+    parser.add_argument("--trace", action="store_true", help="show stack traces of errors")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="boot, or bring what runs to the settings; then verify")
+    up.add_argument("--config", type=Path, default=HERE / f"Pulumi.{STACK}.yaml", help="settings")
+    up.add_argument("--world", type=Path, default=world.WORLD_FILE, help="the given world")
+    up.add_argument("--no-verify", action="store_true", help="leave the proof of federation out")
+    up.set_defaults(run=_up)
+
+    commands.add_parser("status", help="what runs, and where to find it").set_defaults(run=_status)
+    commands.add_parser("verify", help="prove again that federation works").set_defaults(
+        run=_verify
+    )
+    ssh = commands.add_parser("ssh", help="a shell on a machine")
+    ssh.add_argument("name", help="as in `status`: prometheus-master, core01, …")
+    ssh.add_argument("command", nargs=argparse.REMAINDER, help="run this instead of a shell")
+    ssh.set_defaults(run=_ssh)
+    down = commands.add_parser("down", help="remove everything that `up` made")
+    down.add_argument("--purge", action="store_true", help="the cached images and releases too")
+    down.set_defaults(run=_down)
+    return parser
+
+
+def _become_root(argv: list[str]) -> None:
+    if os.geteuid() == 0:
+        return
+    print(
+        "sandbox: asking for root through sudo, to make machines, mounts, network links and "
+        "firewall rules (all in namespaces of its own, but for one link and one table)",
+        file=sys.stderr,
+    )
+    try:
+        os.execvp("sudo", ["sudo", "--", sys.executable, "-m", "sandbox", *argv])  # noqa: S606
+    except FileNotFoundError:
+        raise SandboxError(
+            "The sandbox needs root, and there is no sudo.", "Run the same command as root."
+        ) from None
+
+
+def _plan(chosen: argparse.Namespace) -> Plan:
+    return Plan(slot=chosen.slot, state_dir=chosen.state_dir)
+
+
+def _up(chosen: argparse.Namespace, console: Console) -> int:
+    project = read_project(HERE, STACK, stack_file=chosen.config)
+    # Wrong settings are told before anything is built, installed or touched.
+    evaluate(project, Recorder())
+    given = world.load_world(chosen.world)
+    plan = _plan(chosen)
+    with Steps(console) as steps:
+        host.prepare(steps)
+        with hold(plan, take_over=True):
+            changes, state, config, local = _converge(plan, project, given, steps)
+            _write_outputs(plan, state.outputs)
+            proof = None
+            if not chosen.no_verify and "master" in state.outputs:
+                proof = prove(state.outputs, config, project.name, steps)
+    _show(plan, console)
+    if proof:
+        console.print("\n[bold]Proof of federation[/] (asked of the master)")
+        for line in proof.found:
+            console.print(f"  {line}", markup=False)
+    for release in local.values():
+        console.print(f"{release.name} {release.version}: {release.origin}", markup=False)
+    console.print(f"{changes} in {steps.seconds:.1f} s")
+    return 0
+
+
+def _converge(
+    plan: Plan, project: Project, given: World, steps: Steps
+) -> tuple[Changes, State, Mapping[str, Any], Mapping[str, LocalRelease]]:
+    with ThreadPoolExecutor() as side_by_side:
+        fetching = side_by_side.submit(
+            releases.ensure_releases,
+            steps,
+            [
+                Pin(name=r.name, version=r.version, url=r.url, sha256=r.sha256)
+                for r in RELEASES.values()
+            ],
+        )
+        base = image.ensure_image(steps)
+        local = fetching.result()
+        config = {
+            **project.config,
+            f"{project.name}:releases": {
+                key: {
+                    "version": local[pin.name].version,
+                    "sha256": local[pin.name].sha256,
+                    "url": local[pin.name].url,
+                }
+                for key, pin in RELEASES.items()
+            },
+        }
+        fabric = Fabric(plan)
+        world.ensure_networks(plan, given, fabric)
+        hosts = side_by_side.submit(world.ensure_hosts, plan, given, steps)
+        aws = AwsProvider(plan, given, fabric, base, steps)
+        started = aws.resume()
+        state = State.load(plan.state_dir / "state.json")
+        engine = Engine(state, {}, aws.invoke, steps)
+        engine.providers = {
+            "aws": aws,
+            "tls": TlsProvider(),
+            "random": RandomProvider(),
+            "command": CommandProvider(engine.cancelled),
+        }
+
+        def stop(*_: object) -> None:
+            engine.cancelled.set()
+            raise KeyboardInterrupt
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        with ReleaseServer(plan):
+            changes = engine.up(
+                Project(
+                    directory=project.directory,
+                    name=project.name,
+                    stack=project.stack,
+                    config=config,
+                )
+            )
+        aws.forget_all_but({record.id for record in state.records.values()})
+        changes.started = [*hosts.result(), *started]
+    return changes, state, config, local
+
+
+def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
+    """What an operator needs as files: never on the screen, readable by their owner alone."""
+    known = plain(outputs)
+    folder = plan.state_dir / "outputs"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    hosts = [*known["slaves"].values(), *([known["master"]] if "master" in known else [])]
+    files = {
+        "ca.pem": known["caCertificate"],
+        "operator.key": known["sshPrivateKey"],
+        "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in hosts),
+    }
+    if "master" in known:
+        files["master.curl"] = (
+            f'user = "{known["master"]["user"]}:{known["masterPassword"]}"\n'
+            f'cacert = "{folder / "ca.pem"}"\n'
+        )
+    for name, content in files.items():
+        path = folder / name
+        if not path.exists() or path.read_text() != content:
+            path.touch(mode=0o600)
+            path.write_text(content)
+
+
+def _show(plan: Plan, console: Console) -> bool:
+    """Prints what there is; returns whether all of it runs."""
+    state = State.load(plan.state_dir / "state.json")
+    outputs = plain(state.outputs)
+    model = Fabric(plan).model
+    public = {holder: address for address, holder in model.eips.items() if holder}
+    table = Table("machine", "name", "private", "public", "memory", "state", box=None)
+    well = bool(model.attachments)
+    rows = [
+        *outputs.get("slaves", {}).values(),
+        *([outputs["master"]] if "master" in outputs else []),
+    ]
+    names = {row["publicIp"]: row["host"] for row in rows}
+    for name, attachment in sorted(model.attachments.items()):
+        running = machine.is_running(plan, name)
+        well &= running
+        used, limit = machine.memory_bytes(plan, name) if running else (0, 0)
+        table.add_row(
+            name,
+            names.get(public.get(name, ""), ""),
+            attachment.private_ip,
+            public.get(name, "-"),
+            f"{used >> 20} / {limit >> 20} MiB" if running else "-",
+            "running" if running else "stopped",
+            style="" if running else "red",
+        )
+    console.print(table)
+    folder = plan.state_dir / "outputs"
+    if "master" in outputs:
+        master = outputs["master"]
+        address = master["publicIp"]
+        console.print(
+            f"\nweb page  https://{address}/  (user {master['user']}, password in "
+            f"{folder / 'master.curl'}; the browser must trust {folder / 'ca.pem'})\n"
+            f"query     curl -K {folder / 'master.curl'} "
+            f"'https://{address}/api/v1/query?query=up'\n"
+            f"shell     make ssh NAME={master['host'].partition('.')[0]}",
+            markup=False,
+            soft_wrap=True,
+        )
+    return well
+
+
+def _status(chosen: argparse.Namespace, console: Console) -> int:
+    plan = _plan(chosen)
+    if not (plan.state_dir / "state.json").exists():
+        console.print("nothing is up; `make up` boots it")
+        return 1
+    return 0 if _show(plan, console) else 1
+
+
+def _verify(chosen: argparse.Namespace, console: Console) -> int:
+    plan = _plan(chosen)
+    outputs = _outputs(plan)
+    project = read_project(HERE, STACK)
+    with Steps(console) as steps:
+        proof = prove(outputs, project.config, project.name, steps)
+    for line in proof.found:
+        console.print(f"  {line}", markup=False)
+    return 0
+
+
+def _outputs(plan: Plan) -> Mapping[str, Any]:
+    outputs = State.load(plan.state_dir / "state.json").outputs if plan.state_dir.exists() else {}
+    if not outputs:
+        raise SandboxError("Nothing is up.", "Boot it with `make up`.")
+    return outputs
+
+
+def _ssh(chosen: argparse.Namespace, console: Console) -> int:
+    plan = _plan(chosen)
+    outputs = plain(_outputs(plan))
+    rows = [*outputs["slaves"].values(), *([outputs["master"]] if "master" in outputs else [])]
+    ours = {row["host"].partition(".")[0]: row for row in rows}
+    folder = plan.state_dir / "outputs"
+    if chosen.name in ours:
+        row = ours[chosen.name]
+        user = row["sshCommand"].split()[-1].partition("@")[0]
+        argv = ["ssh", "-F", "none", "-i", str(folder / "operator.key"), "-o", "IdentitiesOnly=yes"]
+        argv += ["-o", f"UserKnownHostsFile={folder / 'known_hosts'}"]
+        argv += ["-o", "StrictHostKeyChecking=yes", f"{user}@{row['publicIp']}", *chosen.command]
+    elif machine.is_running(plan, chosen.name):
+        # A given host has no public address: in at its console, as through a rescue shell.
+        argv = machine.command_inside(plan, chosen.name, chosen.command or ["bash", "-l"])
+    else:
+        known = sorted({*ours, *machine.machines(plan)})
+        raise SandboxError(
+            f"There is no running machine {chosen.name!r}.", f"Name one of: {', '.join(known)}."
+        )
+    console.file.flush()
+    os.execvp(argv[0], argv)  # noqa: S606
+
+
+def _down(chosen: argparse.Namespace, console: Console) -> int:
+    plan = _plan(chosen)
+    with hold(plan, take_over=True):
+        removed = world.destroy(plan)
+    if chosen.purge:
+        removed += world.purge(
+            {slot: Plan(slot=slot, state_dir=plan.state_dir) for slot in range(SLOTS)}
+        )
+    for line in removed:
+        console.print(f"removed {line}", markup=False)
+    console.print("nothing was up" if not removed else "all is gone")
+    return 0

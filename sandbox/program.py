@@ -1,0 +1,284 @@
+"""Runs the program with somebody else in the place of Pulumi's engine.
+
+`evaluate` runs a project's `__main__.py` exactly as it stands, with the settings that the Pulumi
+CLI would give it, and hands each resource that it registers to a Backend. The sandbox, the
+preview without an account and the unit tests are three Backends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pulumi
+import yaml
+from pulumi.runtime import config as runtime_config
+from pulumi.runtime import mocks as runtime_mocks
+from pulumi.runtime import rpc, settings
+from pulumi.runtime.proto import resource_pb2
+from pulumi.runtime.sync_await import _ensure_event_loop, _sync_await
+
+# How a secret looks on the wire: https://github.com/pulumi/pulumi/blob/master/sdk/python/lib/pulumi/runtime/rpc.py
+_SIGNATURE = rpc._special_sig_key
+_SECRET = rpc._special_secret_sig
+
+# Resources wait for each other inside their threads, so there must be more threads than are ever
+# waiting; asyncio's own executor has six on two cores.
+_THREADS = 64
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A value that must not be shown."""
+
+    value: Any = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resource:
+    """A resource as the program registers it.
+
+    In `inputs`, what is secret is a `Secret`, at any depth. Keys are camelCase, as on the wire.
+    """
+
+    urn: str
+    type: str
+    name: str
+    inputs: Mapping[str, Any]
+    custom: bool
+    parent: str
+    dependencies: tuple[str, ...] = ()
+    ignore_changes: tuple[str, ...] = ()
+    secret_outputs: tuple[str, ...] = ()
+    protect: bool = False
+    delete_before_replace: bool = False
+    timeout_create: str = ""
+    timeout_update: str = ""
+
+
+class Backend(Protocol):
+    """What stands in for the engine and the providers. Its methods are called from threads."""
+
+    def register(self, resource: Resource) -> tuple[str, dict[str, Any]]:
+        """Makes (or finds) a resource; returns its id and outputs. An error fails the run."""
+        ...
+
+    def invoke(self, token: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers a provider function, such as `aws:ec2/getSubnet:getSubnet`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """A checkout and the settings of one of its stacks."""
+
+    directory: Path
+    name: str
+    stack: str
+    config: Mapping[str, Any]
+
+
+def read_project(
+    directory: Path,
+    stack: str,
+    *,
+    stack_file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Project:
+    """Pulumi.yaml's defaults, under the stack's own file, under `overrides`.
+
+    Keys are full (`prometheus-federation:zone`). Raises FileNotFoundError for a stack without a
+    file. https://www.pulumi.com/docs/iac/concepts/projects/project-file/
+    """
+    description = yaml.safe_load((directory / "Pulumi.yaml").read_text())
+    name = description["name"]
+    config = {
+        f"{name}:{key}": schema["default"]
+        for key, schema in description.get("config", {}).items()
+        if "default" in schema
+    }
+    chosen = stack_file or directory / f"Pulumi.{stack}.yaml"
+    config.update((yaml.safe_load(chosen.read_text()) or {}).get("config", {}))
+    config.update(overrides or {})
+    return Project(directory=directory, name=name, stack=stack, config=config)
+
+
+def evaluate(project: Project, backend: Backend, *, preview: bool = False) -> dict[str, Any]:
+    """Runs the program and returns its outputs, in which what is secret is a `Secret`.
+
+    Raises what the program or the backend raised. Several evaluations may follow one another in a
+    process: each has a Pulumi runtime of its own.
+    """
+    # In a thread of its own: Pulumi runs event loops inside event loops, which leaves the
+    # interpreter's count of recursions wrong for what comes after on the same thread.
+    with ThreadPoolExecutor(1, thread_name_prefix="program") as thread:
+        return thread.submit(
+            contextvars.Context().run, _evaluate, project, backend, preview
+        ).result()
+
+
+def plain(value: Any) -> Any:
+    """A value with its secrets unwrapped."""
+    if isinstance(value, Secret):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def _evaluate(project: Project, backend: Backend, preview: bool) -> dict[str, Any]:
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="resource"))
+    asyncio.set_event_loop(loop)
+    monitor = _Monitor(backend)
+    try:
+        runtime_mocks.set_mocks(
+            _Mocks(backend), project.name, project.stack, preview=preview, monitor=monitor
+        )
+        runtime_config.set_all_config({k: _encoded(v) for k, v in project.config.items()}, [])
+        outputs: dict[str, Any] = {}
+
+        @runtime_mocks.test
+        def run() -> None:
+            with _inside(project.directory):
+                runpy.run_path(str(project.directory / "__main__.py"), run_name="__main__")
+
+        run()
+        root = settings.get_root_resource()
+        exported: Mapping[str, Any] = getattr(root, "outputs", {})
+
+        @runtime_mocks.test
+        def read() -> pulumi.Output[None]:
+            every = {key: pulumi.Output.from_input(value) for key, value in exported.items()}
+            return pulumi.Output.from_input(
+                {key: _with_secrecy(output) for key, output in every.items()}
+            ).apply(outputs.update)
+
+        read()
+        return outputs
+    except Exception as error:
+        raise (monitor.failure or error) from None
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        asyncio.set_event_loop(None)
+
+
+def _with_secrecy(output: pulumi.Output[Any]) -> pulumi.Output[Any]:
+    async def secrecy() -> Any:
+        value = await output.future()
+        return Secret(value) if await output.is_secret() else value
+
+    # Output.unsecret would lose what we ask about, hence the detour over the future.
+    return pulumi.Output.from_input(asyncio.ensure_future(secrecy()))
+
+
+class _Monitor(runtime_mocks.MockMonitor):
+    """Pulumi's mock engine, with what it leaves out: parents, dependencies and options."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(_Mocks(backend))
+        self._backend = backend
+        # The first thing that went wrong. Pulumi would report what failed because of it, too.
+        self.failure: Exception | None = None
+
+    def make_urn(self, parent: str, type_: str, name: str) -> str:
+        """As the real engine does: with the types of all components above, but not the stack's."""
+        above = parent.split("::")[2] if parent else ""
+        chain = "" if above in ("", "pulumi:pulumi:Stack") else f"{above}$"
+        stack, project = settings.get_stack(), settings.get_project()
+        return f"urn:pulumi:{stack}::{project}::{chain}{type_}::{name}"
+
+    def RegisterResource(self, request: Any) -> Any:  # noqa: N802 - gRPC's name
+        urn = self.make_urn(request.parent, request.type, request.name)
+        if request.type == "pulumi:pulumi:Stack":
+            return resource_pb2.RegisterResourceResponse(urn=urn)
+        _ensure_event_loop()
+        resource = Resource(
+            urn=urn,
+            type=request.type,
+            name=request.name,
+            inputs=_secrets_marked(rpc.deserialize_properties(request.object)),
+            custom=request.custom,
+            parent=request.parent,
+            dependencies=tuple(sorted(request.dependencies)),
+            ignore_changes=tuple(request.ignoreChanges),
+            secret_outputs=tuple(request.additionalSecretOutputs),
+            protect=request.protect,
+            delete_before_replace=request.deleteBeforeReplace,
+            timeout_create=request.customTimeouts.create,
+            timeout_update=request.customTimeouts.update,
+        )
+        try:
+            id_, outputs = self._backend.register(resource)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+        self.resources[urn] = self.ResourceRegistration(urn, id_, outputs)
+        wire = _sync_await(rpc.serialize_properties(outputs, {}))
+        return resource_pb2.RegisterResourceResponse(urn=urn, id=id_, object=wire)
+
+
+class _Mocks(runtime_mocks.Mocks):
+    """Only functions come here; resources are handled by _Monitor."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def new_resource(self, args: runtime_mocks.MockResourceArgs) -> tuple[str | None, dict]:
+        raise NotImplementedError(f"{args.typ} {args.name}: nothing here is read or imported")
+
+    def call(self, args: runtime_mocks.MockCallArgs) -> tuple[dict, list[tuple[str, str]] | None]:
+        return self._backend.invoke(args.token, _integers(args.args)), []
+
+
+def _secrets_marked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if value.get(_SIGNATURE) == _SECRET:
+            return Secret(_secrets_marked(value["value"]))
+        return {key: _secrets_marked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_secrets_marked(item) for item in value]
+    return _integers(value)
+
+
+def _integers(value: Any) -> Any:
+    """On the wire every number is a float; what has no fraction was an integer."""
+    if isinstance(value, Mapping):
+        return {key: _integers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_integers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _encoded(value: Any) -> str:
+    """A setting as the CLI hands it over: strings as they are, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@contextlib.contextmanager
+def _inside(directory: Path) -> Iterator[None]:
+    """The program's own folder as the working directory and first on the import path.
+
+    Modules of another checkout's program, imported before, are forgotten for the while.
+    """
+    before = Path.cwd()
+    sys.path.insert(0, str(directory))
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        sys.path.remove(str(directory))

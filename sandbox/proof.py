@@ -1,0 +1,155 @@
+"""The proof that federation works: asked of the master, through its own front door.
+
+Nothing here looks into a machine. It sees what an operator sees: the master's HTTP API, over TLS
+that is verified against the stack's CA.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from sandbox.host import Progress, SandboxError
+from sandbox.program import plain
+
+# As old as a sample may be: it waited one interval at the slave and one at the master.
+FRESH_INTERVALS = 2
+TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One series of an instant query's answer."""
+
+    labels: Mapping[str, str]
+    value: float
+    timestamp: float
+
+
+class MasterApi:
+    """The master's API as an operator uses it; `address` is its public IP."""
+
+    def __init__(self, address: str, user: str, password: str, ca: str) -> None:
+        self._base = f"https://{address}"
+        self._client = httpx.Client(
+            auth=(user, password),
+            verify=ssl.create_default_context(cadata=ca),
+            timeout=10,
+            trust_env=False,
+        )
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Any]) -> MasterApi:
+        """The API of the master that a stack's outputs describe."""
+        master = plain(outputs["master"])
+        return cls(
+            master["publicIp"],
+            master["user"],
+            plain(outputs["masterPassword"]),
+            plain(outputs["caCertificate"]),
+        )
+
+    def query(self, promql: str) -> list[Sample]:
+        """An instant query. https://prometheus.io/docs/prometheus/latest/querying/api/."""
+        answer = self._client.get(f"{self._base}/api/v1/query", params={"query": promql})
+        answer.raise_for_status()
+        return [
+            Sample(labels=row["metric"], timestamp=row["value"][0], value=float(row["value"][1]))
+            for row in answer.json()["data"]["result"]
+        ]
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """What was found, and what is still missing (empty: proven)."""
+
+    found: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def prove(
+    outputs: Mapping[str, Any], config: Mapping[str, Any], namespace: str, progress: Progress
+) -> Proof:
+    """Waits until the master federates every target of every slave; SandboxError if it does not.
+
+    `config` are the environment's settings, from which follows what the master must have.
+    """
+    api = MasterApi.of(outputs)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    with progress("wait until the master has federated every target"):
+        while True:
+            try:
+                proof = look(api, config, namespace)
+            except httpx.HTTPError as error:
+                proof = Proof(missing=[f"the master does not answer: {error}"])
+            if not proof.missing:
+                return proof
+            if time.monotonic() > deadline:
+                raise SandboxError(
+                    "Federation is not proven:\n  " + "\n  ".join(proof.missing),
+                    "Look at `make status`, and at the services with `make ssh NAME=...`.",
+                )
+            time.sleep(0.5)
+
+
+def look(api: MasterApi, config: Mapping[str, Any], namespace: str) -> Proof:
+    """One look at the master."""
+    proof = Proof()
+    interval = config[f"{namespace}:scrapeInterval"]
+    zone = config[f"{namespace}:zone"]
+    up = {
+        (s.labels.get("site"), s.labels.get("job"), s.labels.get("instance")): s
+        for s in api.query("up")
+    }
+    ages = {
+        (s.labels.get("site"), s.labels.get("job"), s.labels.get("instance")): s.value
+        for s in api.query('time() - timestamp(up{site!=""})')
+    }
+    own = f"{config[f'{namespace}:master']['host']}.{zone}"
+    for job in ("prometheus", "node"):
+        _expect(proof, up, (None, job, own), {})
+    for slave in config[f"{namespace}:slaves"]:
+        site = slave["site"]
+        _expect(proof, up, (site, "federate", f"{slave['host']}.{zone}:9095"), {})
+        for job in slave.get("jobs", []):
+            for target in job["targets"]:
+                key = (site, job["name"], target)
+                if _expect(proof, up, key, job.get("labels", {})):
+                    limit = FRESH_INTERVALS * _seconds(interval)
+                    if ages.get(key, limit + 1) > limit:
+                        proof.missing.append(f"a fresh sample of {target}, at most {limit:g} s old")
+    if ages and not proof.missing:
+        proof.found.append(f"newest sample of each target at most {max(ages.values()):.1f} s old")
+    return proof
+
+
+def _expect(
+    proof: Proof,
+    up: Mapping[tuple[str | None, str | None, str | None], Sample],
+    key: tuple[str | None, str, str],
+    labels: Mapping[str, str],
+) -> bool:
+    site, job, instance = key
+    name = f'up{{job="{job}", instance="{instance}"' + (f', site="{site}"}}' if site else "}")
+    sample = up.get(key)
+    if sample is None:
+        proof.missing.append(f"{name} is not there")
+    elif sample.value != 1:
+        proof.missing.append(f"{name} is {sample.value:g}")
+    elif wrong := {k: v for k, v in labels.items() if sample.labels.get(k) != v}:
+        proof.missing.append(f"{name} lacks the labels {wrong}")
+    else:
+        proof.found.append(f"{name} = 1")
+        return True
+    return False
+
+
+def _seconds(interval: str) -> float:
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = next(u for u in units if interval.endswith(u))
+    return float(interval.removesuffix(unit)) * units[unit]

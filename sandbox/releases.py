@@ -1,0 +1,343 @@
+"""Program releases for the sandbox's machines, and the server that they download them from.
+
+The pinned official tarball where the release host can be reached, else the same program as
+Debian builds it, put into a tarball of the official layout. Which of the two it is, is said in
+`LocalRelease.origin`. Once they are in the cache no network is needed.
+"""
+
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from sandbox.host import Progress, SandboxError, kill_with_parent, run, wait_until
+from sandbox.image import KEYRING, mirror, proxy_options
+from sandbox.plan import CACHE_DIR, NETNS_DIR, Plan
+
+RELEASES_DIR = CACHE_DIR / "releases"
+RELEASE_HOST = "releases.example.net"
+# Debian's next release: its builds need no library that Debian 12 and 13 lack.
+FALLBACK_SUITE = "forky"
+PROBE_SECONDS = 3
+
+# Program → Debian packages, and where the files of the official layout are in them.
+_DEBIAN: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "prometheus": (
+        ("prometheus", "promtool"),
+        {"prometheus": "usr/bin/prometheus", "promtool": "usr/bin/promtool"},
+    ),
+    "node_exporter": (
+        ("prometheus-node-exporter",),
+        {"node_exporter": "usr/bin/prometheus-node-exporter"},
+    ),
+    "alertmanager": (
+        ("prometheus-alertmanager",),
+        {"alertmanager": "usr/bin/prometheus-alertmanager", "amtool": "usr/bin/amtool"},
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pin:
+    """The official release that is wanted: its tarball's address and sha256 (hex)."""
+
+    name: str
+    version: str
+    sha256: str
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRelease:
+    """A tarball in the cache. `origin` says in words where its program comes from."""
+
+    name: str
+    version: str
+    path: Path
+    sha256: str
+    origin: str
+
+    @property
+    def url(self) -> str:
+        """Where the machines download it from."""
+        return f"http://{RELEASE_HOST}/{self.path.name}"
+
+
+def ensure_releases(progress: Progress, pins: Sequence[Pin]) -> dict[str, LocalRelease]:
+    """Return a release for each pin, by name, filling the cache where it is missing.
+
+    Raises SandboxError when neither the official release nor Debian's build can be had, or when
+    a downloaded tarball has not the pinned sha256.
+    """
+    RELEASES_DIR.mkdir(parents=True, exist_ok=True)
+    with (RELEASES_DIR / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        index = RELEASES_DIR / f"index-{_digest(pins)}.json"
+        if found := _read_index(index):
+            return found
+        _remove_leftovers()
+        with progress("Fetching the program releases"):
+            releases = _fetch_official(pins) or _repackage(pins)
+            for release in releases:
+                _unpack_tools(release)
+            rows = [{**asdict(release), "path": str(release.path)} for release in releases]
+            temporary = RELEASES_DIR / "tmp-index"
+            temporary.write_text(json.dumps(rows, indent=2))
+            temporary.rename(index)
+        return {release.name: release for release in releases}
+
+
+def tool(name: str) -> Path:
+    """Return a program of the cached releases (promtool, amtool, prometheus…) to run here."""
+    path = RELEASES_DIR / "tools" / name
+    if not path.exists():
+        raise SandboxError(
+            f"'{name}' is not in the cache ({RELEASES_DIR}).", "Run `make up` or `make test` once."
+        )
+    return path
+
+
+def _digest(pins: Sequence[Pin]) -> str:
+    text = json.dumps(sorted((pin.name, pin.version, pin.sha256) for pin in pins))
+    return hashlib.sha256(f"1 {text}".encode()).hexdigest()[:12]
+
+
+def _read_index(index: Path) -> dict[str, LocalRelease] | None:
+    if not index.exists():
+        return None
+    rows = json.loads(index.read_text())
+    releases = {row["name"]: LocalRelease(**{**row, "path": Path(row["path"])}) for row in rows}
+    return releases if all(release.path.exists() for release in releases.values()) else None
+
+
+def _remove_leftovers() -> None:
+    for leftover in RELEASES_DIR.glob("tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _reachable(pin: Pin) -> bool:
+    try:
+        answer = httpx.head(pin.url, follow_redirects=True, timeout=PROBE_SECONDS)
+    except (httpx.HTTPError, OSError):
+        return False
+    return answer.status_code == 200
+
+
+def _fetch_official(pins: Sequence[Pin]) -> list[LocalRelease]:
+    """Download every pin, or return nothing where any of them is out of reach."""
+    with ThreadPoolExecutor(max_workers=max(1, len(pins))) as pool:
+        if not all(pool.map(_reachable, pins)):
+            return []
+        return list(pool.map(_download, pins))
+
+
+def _download(pin: Pin) -> LocalRelease:
+    path = RELEASES_DIR / Path(httpx.URL(pin.url).path).name
+    temporary = RELEASES_DIR / f"tmp-{path.name}"
+    digest = hashlib.sha256()
+    try:
+        with (
+            httpx.stream("GET", pin.url, follow_redirects=True, timeout=60) as answer,
+            temporary.open("wb") as file,
+        ):
+            answer.raise_for_status()
+            for chunk in answer.iter_bytes():
+                digest.update(chunk)
+                file.write(chunk)
+    except httpx.HTTPError as error:
+        raise SandboxError(f"Downloading {pin.url} failed: {error}.", "Try again.") from error
+    if digest.hexdigest() != pin.sha256:
+        raise SandboxError(
+            f"{pin.url} has the sha256 {digest.hexdigest()}, and {pin.sha256} is pinned.",
+            "Do not use that file. Check the pin against the project's own list of checksums.",
+        )
+    temporary.rename(path)
+    return LocalRelease(
+        name=pin.name,
+        version=pin.version,
+        path=path,
+        sha256=pin.sha256,
+        origin=f"official release {pin.version}",
+    )
+
+
+def _repackage(pins: Sequence[Pin]) -> list[LocalRelease]:
+    unknown = [pin.name for pin in pins if pin.name not in _DEBIAN]
+    if unknown:
+        raise SandboxError(
+            f"The official releases of {', '.join(unknown)} are out of reach, and no Debian "
+            "package stands in for them.",
+            "Connect this machine to the internet once.",
+        )
+    work = RELEASES_DIR / "tmp-debian"
+    packages = [package for pin in pins for package in _DEBIAN[pin.name][0]]
+    _download_debian(work, packages)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        releases = list(pool.map(lambda pin: _repackage_one(pin.name, work), pins))
+    shutil.rmtree(work)
+    return releases
+
+
+def _download_debian(work: Path, packages: Sequence[str]) -> None:
+    """Let apt fetch the packages, its signature check included, away from this machine's apt."""
+    for folder in ("lists/partial", "cache/archives/partial", "debs"):
+        (work / folder).mkdir(parents=True)
+    line = f"deb [signed-by={KEYRING}] {mirror()} {FALLBACK_SUITE} main\n"
+    (work / "sources.list").write_text(line)
+    proxies = (option.rstrip(";").split(" ", 1) for option in proxy_options())
+    options = {
+        "Dir::Etc::sourcelist": str(work / "sources.list"),
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::lists": str(work / "lists"),
+        "Dir::Cache": str(work / "cache"),
+        "Acquire::Languages": "none",
+        "Acquire::Check-Valid-Until": "false",
+        # apt's own user may not enter our folder; the signature check is the same.
+        "APT::Sandbox::User": "root",
+        **{key: value.strip('"') for key, value in proxies},
+    }
+    flags = [flag for key, value in options.items() for flag in ("-o", f"{key}={value}")]
+    script = 'set -e; cd "$1"; shift; apt-get -q "$@" update; apt-get -q "$@" download $PACKAGES'
+    run(
+        kill_with_parent(["sh", "-c", script, "sh", work / "debs", *flags]),
+        env={**os.environ, "PACKAGES": " ".join(packages), "LC_ALL": "C.UTF-8"},
+        timeout=300,
+    )
+
+
+def _repackage_one(name: str, work: Path) -> LocalRelease:
+    packages, files = _DEBIAN[name]
+    root = work / name
+    version = ""
+    for package in packages:
+        deb = next((work / "debs").glob(f"{package}_*.deb"))
+        run(["dpkg-deb", "--extract", deb, root])
+        version = version or run(["dpkg-deb", "--field", deb, "Version"]).stdout.strip()
+    upstream = version.partition("-")[0].partition("+")[0]
+    top = f"{name}-{upstream}.linux-amd64"
+    path = RELEASES_DIR / f"{top}.tar.gz"
+    temporary = RELEASES_DIR / f"tmp-{path.name}"
+    temporary.write_bytes(pack(top, {file: root / source for file, source in files.items()}))
+    temporary.rename(path)
+    return LocalRelease(
+        name=name,
+        version=upstream,
+        path=path,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        origin=f"repackaged from Debian {FALLBACK_SUITE}'s {packages[0]} {version}",
+    )
+
+
+def pack(top: str, files: dict[str, Path]) -> bytes:
+    """Make a gzipped tarball of programs under one folder: the same bytes on every run."""
+    buffer = io.BytesIO()
+    with (
+        # A middling level: this is read back over a local link.
+        gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=4, mtime=0, filename="") as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        folder = tarfile.TarInfo(top)
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(folder)
+        for name, source in sorted(files.items()):
+            info = tarfile.TarInfo(f"{top}/{name}")
+            info.mode, info.size = 0o755, source.stat().st_size
+            with source.open("rb") as content:
+                tar.addfile(info, content)
+    return buffer.getvalue()
+
+
+def _unpack_tools(release: LocalRelease) -> None:
+    tools = RELEASES_DIR / "tools"
+    tools.mkdir(exist_ok=True)
+    with tarfile.open(release.path) as tar:
+        for member in tar:
+            # Executable files only: the official tarballs also carry samples and licences.
+            if not member.isfile() or not member.mode & 0o100:
+                continue
+            content = tar.extractfile(member)
+            if content is None:
+                continue
+            temporary = RELEASES_DIR / f"tmp-tool-{Path(member.name).name}"
+            with temporary.open("wb") as file:
+                shutil.copyfileobj(content, file)
+            temporary.chmod(0o755)
+            temporary.rename(tools / Path(member.name).name)
+
+
+# Ends when its standard input does: it cannot outlive the process that holds the other end.
+_SERVER = """
+import functools, http.server, os, sys, threading
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sys.argv[2])
+server = http.server.ThreadingHTTPServer((sys.argv[1], 80), handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print("ready", flush=True)
+sys.stdin.buffer.read()
+os._exit(0)
+"""
+
+
+class ReleaseServer:
+    """Serves the cached tarballs on the sandbox's internet while its block runs.
+
+    The network must have been applied: it listens on an address of the internet namespace.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "ReleaseServer":
+        netns = NETNS_DIR / self._plan.inet_netns
+        log = self._plan.runtime_dir / "releases.log"
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [
+                    *("nsenter", f"--net={netns}", sys.executable, "-I", "-c", _SERVER),
+                    *(self._plan.releases_ip, str(RELEASES_DIR)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+        if self._process.stdout is None or self._process.stdout.readline() != b"ready\n":
+            self.close()
+            words = log.read_text().strip().splitlines()[-1:]
+            raise SandboxError(f"The release server did not start: {' '.join(words)}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server; does nothing when it has ended."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
+        if wait_until(lambda: process.poll() is not None, seconds=2) is None:
+            process.kill()
+        process.wait()

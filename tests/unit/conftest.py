@@ -1,0 +1,60 @@
+"""The program, evaluated with nothing behind it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sandbox.program import Project, evaluate, read_project
+from sandbox.recorder import Recorder
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = "prometheus-federation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What a run of the program registered and exported."""
+
+    recorder: Recorder
+    outputs: Mapping[str, Any]
+    project: Project
+
+
+Evaluate = Callable[..., Evaluated]
+
+
+def run_program(stack: str = "dev", **overrides: Any) -> Evaluated:
+    """Evaluates the program for a stack, with other values for some settings of ours."""
+    project = read_project(
+        ROOT, stack, overrides={f"{NAMESPACE}:{key}": value for key, value in overrides.items()}
+    )
+    recorder = Recorder()
+    outputs = evaluate(project, recorder)
+    return Evaluated(recorder=recorder, outputs=outputs, project=project)
+
+
+@pytest.fixture(scope="session")
+def dev() -> Evaluated:
+    """The environment of Pulumi.dev.yaml. Not to be changed: all tests share it."""
+    return run_program()
+
+
+@pytest.fixture
+def slaves() -> Callable[[int], list[dict[str, Any]]]:
+    """Settings of so many sites, alike but for their names."""
+    config = yaml.safe_load((ROOT / "Pulumi.dev.yaml").read_text())["config"]
+    one = config[f"{NAMESPACE}:slaves"][0]
+
+    def make(count: int) -> list[dict[str, Any]]:
+        return [
+            {**copy.deepcopy(one), "site": f"site{n}", "host": f"slave{n}"} for n in range(count)
+        ]
+
+    return make

@@ -1,0 +1,222 @@
+"""The engine converges: what is there stays, what differs changes, what is gone goes."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import providers
+from sandbox.engine import Engine, ProtectedError
+from sandbox.program import Project, Resource, Secret, read_project
+from sandbox.providers import Inputs, Outputs, Provider
+from sandbox.state import State
+
+
+class Recording(Provider):
+    """A provider that writes down what it is asked to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.fails: set[str] = set()
+        self.old: set[str] = set()
+        self.made = 0
+
+    def create(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
+        self.calls.append(("create", resource.name))
+        if resource.name in self.fails:
+            raise RuntimeError(f"{resource.name} cannot be made")
+        self.made += 1
+        return f"id-{self.made}", {**inputs, "allocationId": f"allocation-{self.made}"}
+
+    def update(
+        self, resource: Resource, id_: str, inputs: Inputs, old: Inputs, outputs: Outputs
+    ) -> Outputs:
+        self.calls.append(("update", resource.name))
+        return {**outputs, **inputs}
+
+    def delete(self, type_: str, id_: str, inputs: Inputs) -> None:
+        self.calls.append(("delete", id_))
+
+    def outdated(self, type_: str, id_: str, outputs: Outputs) -> str:
+        return "too old" if id_ in self.old else ""
+
+
+class World:
+    """A program, its state, and an engine over the recording provider."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.provider = Recording()
+        (folder / "Pulumi.yaml").write_text("name: tried\nruntime: python\n")
+        (folder / "Pulumi.test.yaml").write_text("config: {}\n")
+
+    def project(self, program: str) -> Project:
+        imports = "import pulumi, pulumi_aws as aws\nfrom pulumi import ResourceOptions as Opts\n"
+        (self.folder / "__main__.py").write_text(imports + textwrap.dedent(program))
+        return read_project(self.folder, "test")
+
+    def up(self, program: str) -> str:
+        project = self.project(program)
+        return str(self.engine().up(project))
+
+    def engine(self) -> Engine:
+        @contextlib.contextmanager
+        def silent(text: str) -> Iterator[None]:
+            yield
+
+        state = State.load(self.folder / "state.json")
+        return Engine(state, {"aws": self.provider}, lambda token, args: {}, silent)
+
+    def told(self) -> list[tuple[str, str]]:
+        calls, self.provider.calls = self.provider.calls, []
+        return calls
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+PAIR = """
+eip = aws.ec2.Eip("address", domain="vpc", tags={{"a": "{tag}"}})
+aws.ec2.EipAssociation("link", allocation_id=eip.allocation_id, instance_id="{instance}")
+"""
+
+
+def test_the_first_run_creates_in_the_order_of_dependencies(world: World) -> None:
+    assert world.up(PAIR.format(tag=1, instance="i-1")) == "2 created"
+    assert world.told() == [("create", "address"), ("create", "link")]
+
+
+def test_the_same_program_again_touches_nothing(world: World) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    world.told()
+    assert world.up(PAIR.format(tag=1, instance="i-1")) == "no changes"
+    assert world.told() == []
+
+
+def test_a_changed_property_changes_its_resource_alone(world: World) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    world.told()
+    assert world.up(PAIR.format(tag=2, instance="i-1")) == "1 changed"
+    assert world.told() == [("update", "address")]
+
+
+def test_a_replacement_makes_the_new_one_before_the_old_one_goes(world: World) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    world.told()
+    assert world.up(PAIR.format(tag=1, instance="i-2")) == "1 replaced, 1 deleted"
+    assert world.told() == [("create", "link"), ("delete", "id-2")]
+
+
+def test_delete_before_replace_is_heeded(world: World) -> None:
+    program = """
+    aws.ec2.VolumeAttachment(
+        "disk", device_name="/dev/sdf", volume_id="v", instance_id="{}",
+        opts=Opts(delete_before_replace=True),
+    )
+    """
+    world.up(program.format("i-1"))
+    world.told()
+    world.up(program.format("i-2"))
+    assert world.told() == [("delete", "id-1"), ("create", "disk")]
+
+
+def test_what_the_program_no_longer_names_is_deleted_last_made_first(world: World) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    world.told()
+    assert world.up("") == "2 deleted"
+    assert world.told() == [("delete", "id-2"), ("delete", "id-1")]
+
+
+def test_ignored_changes_are_ignored(world: World) -> None:
+    program = """
+    aws.ec2.Instance("host", ami="{}", instance_type="t3.micro",
+                     opts=Opts(ignore_changes=["ami"]))
+    """
+    world.up(program.format("ami-1"))
+    world.told()
+    assert world.up(program.format("ami-2")) == "no changes"
+
+
+def test_what_is_outdated_is_replaced_without_any_change(world: World) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    world.told()
+    world.provider.old = {"id-2"}
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    assert world.told() == [("create", "link"), ("delete", "id-2")]
+
+
+def test_a_failure_leaves_the_rest_done_deletes_nothing_and_is_finished_later(
+    world: World,
+) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    world.told()
+    world.provider.fails = {"third"}
+    more = 'aws.ec2.Eip("second", domain="vpc")\naws.ec2.Eip("third", domain="vpc")\n'
+    with pytest.raises(RuntimeError, match="third cannot be made"):
+        world.up(more)
+    assert not [call for call in world.told() if call[0] == "delete"]
+    world.provider.fails = set()
+    assert world.up(more) == "1 created, 2 deleted"
+
+
+def test_a_protected_resource_is_neither_replaced_nor_deleted(world: World) -> None:
+    program = """
+    aws.ebs.Volume("data", availability_zone="{}", size=4, opts=Opts(protect=True))
+    """
+    world.up(program.format("zone-a"))
+    world.told()
+    with pytest.raises(ProtectedError, match="protectData"):
+        world.up(program.format("zone-b"))
+    with pytest.raises(ProtectedError, match="protectData"):
+        world.up("")
+    assert world.told() == []
+
+
+def test_secrets_are_ciphertext_in_the_state_and_come_back_whole(world: World) -> None:
+    program = """
+    aws.ec2.KeyPair("key", public_key=pulumi.Output.secret("canary-in-an-input"))
+    pulumi.export("password", pulumi.Output.secret("canary-in-an-output"))
+    pulumi.export("open", "for all to see")
+    """
+    world.up(program)
+    text = (world.folder / "state.json").read_text()
+    assert "canary" not in text
+    assert "for all to see" in text
+    state = State.load(world.folder / "state.json")
+    assert state.outputs == {"password": Secret("canary-in-an-output"), "open": "for all to see"}
+    (record,) = state.records.values()
+    assert record.inputs["publicKey"] == Secret("canary-in-an-input")
+    assert (world.folder / "passphrase").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_state_survives_a_run_that_was_killed_while_writing(world: World) -> None:
+    world.up(PAIR.format(tag=1, instance="i-1"))
+    (world.folder / "state.new").write_text('{"records": {"half')
+    world.told()
+    assert world.up(PAIR.format(tag=1, instance="i-1")) == "no changes"
+
+
+def test_two_resources_of_one_name_are_refused(world: World) -> None:
+    with pytest.raises(ValueError, match="name one otherwise"):
+        world.up('aws.ec2.Eip("a", domain="vpc")\naws.ec2.Eip("a", domain="vpc")\n')
+
+
+def test_a_resource_the_sandbox_does_not_know_fails_by_name() -> None:
+    resource = Resource(urn="u", type="aws:x/y:Z", name="n", inputs={}, custom=True, parent="")
+    with pytest.raises(NotImplementedError, match="aws:x/y:Z"):
+        Provider().create(resource, {})
+
+
+def test_every_type_with_secret_outputs_or_replacing_properties_is_known_once() -> None:
+    tokens: dict[str, Any] = {k: v for k, v in vars(providers).items() if k.isupper()}
+    types = [token for token in tokens.values() if isinstance(token, str)]
+    assert len(types) == len(set(types))
+    assert set(providers.REPLACE_ON) == set(types)
+    assert set(providers.SECRET_OUTPUTS) <= set(types)

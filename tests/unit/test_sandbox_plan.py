@@ -1,0 +1,114 @@
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sandbox import plan as plan_module
+from sandbox.host import SandboxError
+from sandbox.plan import SLOTS, Plan, check_ranges, checked_name, hold
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(plan_module, "RUNTIME_ROOT", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_slots_share_no_name_and_no_address(tmp_path: Path):
+    plans = [Plan(slot, tmp_path) for slot in range(SLOTS)]
+    ranges = [network for plan in plans for network in plan.public_ranges]
+    assert not any(a.overlaps(b) for a in ranges for b in ranges if a is not b)
+    assert len({plan.inet_netns for plan in plans}) == SLOTS
+    for plan in plans:
+        assert plan.machine_netns("x").startswith(f"{plan.prefix}-")
+
+
+def test_each_address_of_a_slot_has_one_purpose(tmp_path: Path):
+    plan = Plan(1, tmp_path)
+    used = [
+        *(plan.operator_ip, plan.inet_ip, plan.releases_ip),
+        *(*plan.temporary_ips, *plan.stranger_ips, *plan.eips),
+    ]
+    assert len(used) == len(set(used))
+
+
+def test_link_names_fit_into_the_kernels_fifteen_characters(tmp_path: Path):
+    plan = Plan(0, tmp_path)
+    assert len(plan.link("r", "a-network-with-a-very-long-name")) <= 15
+    assert len(plan.host_link) <= 15
+
+
+def test_an_unknown_slot_is_refused(tmp_path: Path):
+    with pytest.raises(SandboxError, match="no sandbox slot 9"):
+        Plan(9, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../etc", "", "A", "a/b", "-a", "a" * 51])
+def test_a_name_that_is_no_file_name_is_refused(name: str):
+    with pytest.raises(SandboxError, match="cannot be the name"):
+        checked_name(name)
+
+
+def routes(monkeypatch: pytest.MonkeyPatch, *rows: dict) -> None:
+    answer = subprocess.CompletedProcess([], 0, json.dumps(rows), "")
+    monkeypatch.setattr(plan_module, "run", lambda *_a, **_k: answer)
+
+
+def test_a_range_that_the_machine_routes_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    routes(monkeypatch, {"dst": "198.51.100.16/28", "gateway": "192.0.2.9", "dev": "eth7"})
+    with pytest.raises(SandboxError) as caught:
+        check_ranges(Plan(0, tmp_path))
+    assert "198.51.100.16/28 (gateway 192.0.2.9 dev eth7)" in str(caught.value)
+    assert "ip route del 198.51.100.16/28" in caught.value.remedy
+
+
+def test_own_and_unrelated_routes_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = Plan(0, tmp_path)
+    own = {"dst": str(plan.eip_range), "dev": plan.host_link}
+    routes(monkeypatch, own, {"dst": "default"}, {"dst": "10.0.0.0/8", "dev": "eth0"})
+    check_ranges(plan, in_use=["10.255.255.53"])
+
+
+def test_a_mirror_inside_our_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = Plan(0, tmp_path)
+    routes(monkeypatch)
+    with pytest.raises(SandboxError, match="package mirror"):
+        check_ranges(plan, in_use=[str(plan.service_range[40])])
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, runtime: Path):
+    plan = Plan(0, tmp_path / "state")
+    with hold(plan), pytest.raises(SandboxError) as caught, hold(plan):
+        pass
+    assert f"process {os.getpid()}" in str(caught.value)
+    assert str(plan.state_dir) in str(caught.value)
+    assert runtime.is_dir()
+    with hold(plan):
+        pass
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_slot_of_another_directory_is_refused_with_the_remedy(tmp_path: Path):
+    first, second = Plan(0, tmp_path / "a/.sandbox"), Plan(0, tmp_path / "b/.sandbox")
+    with hold(first):
+        pass
+    with pytest.raises(SandboxError, match="belongs to another directory") as caught, hold(second):
+        pass
+    assert f"make down` in {tmp_path / 'a'}" in caught.value.remedy
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_slot_whose_directory_is_gone_may_be_taken_over_to_remove_it(tmp_path: Path):
+    first, second = Plan(0, tmp_path / "a/.sandbox"), Plan(0, tmp_path / "b/.sandbox")
+    with hold(first):
+        pass
+    (first.state_dir / plan_module.MARKER).unlink()
+    first.state_dir.rmdir()
+    with pytest.raises(SandboxError, match="belongs to another directory"), hold(second):
+        pass
+    with hold(second, take_over=True):
+        assert second.owner == second.state_dir

@@ -1,0 +1,276 @@
+"""Every broken setting is refused with its key, its value and what to write instead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import settings
+from settings import SettingsError, check, seconds
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, Any]:
+    """What DESIGN.md calls the whole of an environment, with Pulumi.yaml's defaults."""
+    schema = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
+    given = {key: copy.deepcopy(s["default"]) for key, s in schema.items() if "default" in s}
+    given |= {
+        "zone": "example.com",
+        "operatorCidrs": ["203.0.113.7/32"],
+        "master": {"host": "prometheus-master"},
+        "slaves": [
+            {
+                "site": "dublin",
+                "host": "prometheus-slave",
+                "jobs": [{"name": "CoreSystems", "targets": ["core01.example.internal:9100"]}],
+            }
+        ],
+    }
+    return given
+
+
+def test_the_environment_of_the_readme_is_accepted() -> None:
+    chosen = check(environment())
+    assert chosen.slaves[0].match == ('{__name__=~".+"}',)
+    assert chosen.fqdn(chosen.slaves[0]) == "prometheus-slave.example.com"
+    assert chosen.memory_mib_of(chosen.slaves[0]) == 1024
+
+
+def test_the_schema_of_pulumi_yaml_lists_exactly_the_settings_there_are() -> None:
+    schema = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
+    assert set(schema) == {field.alias for field in settings.Settings.model_fields.values()}
+    assert all(entry["type"] and entry["description"] for entry in schema.values())
+
+
+def first_slave(given: dict[str, Any], **change: Any) -> None:
+    given["slaves"][0].update(change)
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
+    "an unknown key": (
+        lambda g: g.update(operatorCIDRs=[]),
+        "operatorCIDRs",
+        "there is no such setting",
+        "correct its spelling",
+    ),
+    "an unknown key of a slave": (
+        lambda g: first_slave(g, hots="x"),
+        "slaves[0].hots",
+        "there is no such setting",
+        "correct its spelling",
+    ),
+    "a missing key": (lambda g: g.pop("zone"), "zone", "is missing", "set it"),
+    "a network that is none": (
+        lambda g: g.update(operatorCidrs=["203.0.113.7/33"]),
+        "operatorCidrs[0]",
+        "'203.0.113.7/33'",
+        "write it like 203.0.113.7/32",
+    ),
+    "a network with host bits": (
+        lambda g: g.update(operatorCidrs=["203.0.113.7/24"]),
+        "operatorCidrs[0]",
+        "'203.0.113.7/24'",
+        "write it like 203.0.113.7/32",
+    ),
+    "no operator at all": (
+        lambda g: g.update(operatorCidrs=[]),
+        "operatorCidrs",
+        "",
+        "at least 1 item",
+    ),
+    "a target without port": (
+        lambda g: first_slave(g, jobs=[{"name": "a", "targets": ["core01.example.internal"]}]),
+        "slaves[0].jobs[0].targets[0]",
+        "'core01.example.internal'",
+        "write it like core01.example.internal:9100",
+    ),
+    "a target with a port beyond all ports": (
+        lambda g: first_slave(g, jobs=[{"name": "a", "targets": ["core01:99999"]}]),
+        "slaves[0].jobs[0].targets[0]",
+        "'core01:99999'",
+        "has no port",
+    ),
+    "two slaves of one site": (
+        lambda g: g["slaves"].append({"site": "dublin", "host": "other"}),
+        "slaves",
+        "2 slaves with site 'dublin'",
+        "give each its own",
+    ),
+    "two slaves of one host name": (
+        lambda g: g["slaves"].append({"site": "cork", "host": "prometheus-slave"}),
+        "slaves",
+        "2 slaves with host 'prometheus-slave'",
+        "give each its own",
+    ),
+    "master and slave of one host name": (
+        lambda g: g["master"].update(host="prometheus-slave"),
+        "",
+        "both named 'prometheus-slave'",
+        "rename one",
+    ),
+    "a password that is short": (
+        lambda g: first_slave(g, password="hunter2hunter2"),
+        "slaves[0].password",
+        "has 14 bytes",
+        "24 to 72",
+    ),
+    "a password beyond what bcrypt reads": (
+        lambda g: first_slave(g, password="x" * 73),
+        "slaves[0].password",
+        "has 73 bytes",
+        "24 to 72",
+    ),
+    "a password with a colon": (
+        lambda g: first_slave(g, password="abcdefghijkl:mnopqrstuvwxyz"),
+        "slaves[0].password",
+        "(not shown)",
+        "leave these out",
+    ),
+    "a job with a key that Prometheus has and we must not take": (
+        lambda g: first_slave(
+            g,
+            jobs=[{"name": "a", "targets": ["a:1"], "basic_auth": {"password": "secret"}}],
+        ),
+        "slaves[0].jobs[0]",
+        "'basic_auth'",
+        "may not have",
+    ),
+    "a job named as one of ours": (
+        lambda g: first_slave(g, jobs=[{"name": "federate", "targets": ["a:1"]}]),
+        "slaves[0].jobs",
+        "'federate'",
+        "name it otherwise",
+    ),
+    "two jobs of one name": (
+        lambda g: first_slave(g, jobs=[{"name": "a", "targets": ["a:1"]}] * 2),
+        "slaves[0].jobs",
+        "2 jobs named 'a'",
+        "give each its own name",
+    ),
+    "an interval that is none": (
+        lambda g: g.update(scrapeInterval="15"),
+        "scrapeInterval",
+        "'15'",
+        "write it like 15s",
+    ),
+    "a zone that is none": (
+        lambda g: g.update(zone="https://example.com/"),
+        "zone",
+        "'https://example.com/'",
+        "write it like example.com",
+    ),
+    "an instance type for another processor": (
+        lambda g: g.update(instanceType="t4g.micro"),
+        "instanceType",
+        "'t4g.micro'",
+        "use one such as t3.micro",
+    ),
+    "certificates by nobody": (
+        lambda g: g.update(certificates="selfSigned"),
+        "certificates",
+        "'selfSigned'",
+        "'ownCa'",
+    ),
+    "a master here and one elsewhere": (
+        lambda g: g.update(existingMaster={"host": "m.example.com", "cidrs": ["203.0.113.9/32"]}),
+        "",
+        "master and existingMaster",
+        "keep one",
+    ),
+    "no master": (
+        lambda g: g.update(master={}),
+        "",
+        "nobody may federate",
+        "add master, or existingMaster",
+    ),
+    "nothing at all": (
+        lambda g: g.update(master={}, slaves=[]),
+        "",
+        "neither a slave nor a master",
+        "add slaves, master or both",
+    ),
+    "a rule file that is not there": (
+        lambda g: g.update(ruleFiles=["rules/none.yml"]),
+        "ruleFiles",
+        "'rules/none.yml'",
+        "cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_setting_is_refused_with_key_value_and_remedy(kind: str) -> None:
+    break_it, key, value, remedy = BROKEN[kind]
+    given = environment()
+    break_it(given)
+    with pytest.raises(SettingsError) as refusal:
+        check(given)
+    told = str(refusal.value)
+    assert told.startswith(f"prometheus-federation{':' + key if key else ''}:")
+    assert value in told
+    assert remedy in told
+
+
+def test_a_refused_password_is_shown_nowhere() -> None:
+    given = environment()
+    first_slave(given, password="canary-too-short")
+    with pytest.raises(SettingsError) as refusal:
+        check(given)
+    assert "canary" not in str(refusal.value)
+    assert refusal.value.__suppress_context__
+    assert "canary" not in repr(refusal.value)
+
+
+def test_an_accepted_password_is_shown_nowhere() -> None:
+    given = environment()
+    first_slave(given, password="canary-long-enough-to-be-taken")
+    assert "canary" not in repr(check(given))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("groups: [", "not YAML"),
+        ("rules: []", "groups"),
+        ("groups: [{name: a, rules: [{expr: up}]}]", "either record or alert"),
+        ("groups: [{name: a, rules: [{alert: A, expr: up, form: 5m}]}]", "form"),
+        ("groups: [{name: a, rules: [{alert: A, expr: up, for: 5}]}]", "for"),
+    ],
+)
+def test_a_rule_file_that_is_none_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    path = tmp_path / "broken.yml"
+    path.write_text(content)
+    given = environment() | {"ruleFiles": [str(path)]}
+    with pytest.raises(SettingsError) as refusal:
+        check(given)
+    assert "ruleFiles" in str(refusal.value)
+    assert complaint in str(refusal.value)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    given = environment() | {"zone": "nonsense", "scrapeInterval": "soon"}
+    with pytest.raises(SettingsError) as refusal:
+        check(given)
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"), [("15s", 15), ("1m30s", 90), ("500ms", 0.5), ("1d", 86400)]
+)
+def test_durations_are_read_as_prometheus_reads_them(duration: str, expected: float) -> None:
+    assert seconds(duration) == expected
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "mib"),
+    [("t3.nano", 512), ("t3.micro", 1024), ("m7i.large", 8192), ("c6i.2xlarge", 16384)],
+)
+def test_memory_follows_the_instance_type(instance_type: str, mib: int) -> None:
+    chosen = check(environment() | {"instanceType": instance_type})
+    assert chosen.memory_mib_of(chosen.slaves[0]) == mib
