@@ -54,13 +54,25 @@ class MasterApi:
             plain(outputs["caCertificate"]),
         )
 
-    def query(self, promql: str) -> list[Sample]:
-        """An instant query. https://prometheus.io/docs/prometheus/latest/querying/api/."""
-        answer = self._client.get(f"{self._base}/api/v1/query", params={"query": promql})
+    def get(self, path: str, **parameters: str) -> Any:
+        """The data of an API's answer. https://prometheus.io/docs/prometheus/latest/querying/api/."""
+        answer = self._client.get(f"{self._base}/api/v1/{path}", params=parameters)
         answer.raise_for_status()
+        return answer.json()["data"]
+
+    def query(self, promql: str) -> list[Sample]:
+        """The answer of an instant query."""
         return [
             Sample(labels=row["metric"], timestamp=row["value"][0], value=float(row["value"][1]))
-            for row in answer.json()["data"]["result"]
+            for row in self.get("query", query=promql)["result"]
+        ]
+
+    def samples(self, range_selector: str) -> list[Sample]:
+        """The raw samples of a range selector such as `up[5m]`, as they were stored."""
+        return [
+            Sample(labels=row["metric"], timestamp=timestamp, value=float(value))
+            for row in self.get("query", query=range_selector)["result"]
+            for timestamp, value in row["values"]
         ]
 
 

@@ -1,0 +1,215 @@
+"""One sandbox for all tests of a session: the user's own commands bring it up and take it down.
+
+It lives in a slot and a folder of its own, beside whatever `make up` runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sandbox import host, machine, network
+from sandbox.network import Fabric
+from sandbox.plan import Plan
+from sandbox.program import plain
+from sandbox.proof import MasterApi, Sample
+from sandbox.state import State
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = "prometheus-federation"
+
+pytestmark = pytest.mark.machines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder needs machines."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.machines)
+
+
+@dataclass(kw_only=True)
+class Sandbox:
+    """A sandbox as a user has it, and a look behind the scenes for those who test it.
+
+    `config` and `world` are what the next `up` will be given.
+    """
+
+    plan: Plan
+    config: dict[str, Any]
+    world: dict[str, Any]
+    last: subprocess.CompletedProcess[str] | None = None
+    log: list[str] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, slot: int, folder: Path) -> Sandbox:
+        """A sandbox that is not up yet, with the settings that `make up` has."""
+        plan = Plan(slot=slot, state_dir=folder)
+        config = yaml.safe_load((ROOT / "Pulumi.sandbox.yaml").read_text())["config"]
+        # Each slot sees the operator under another address.
+        config[f"{NAMESPACE}:operatorCidrs"] = [f"{plan.operator_ip}/32"]
+        world = yaml.safe_load((ROOT / "sandbox" / "world.yaml").read_text())
+        return cls(plan=plan, config=config, world=world)
+
+    def set(self, **settings: Any) -> None:
+        """Changes settings of ours, by their names without namespace."""
+        for key, value in settings.items():
+            self.config[f"{NAMESPACE}:{key}"] = value
+
+    def get(self, key: str) -> Any:
+        """A copy of a setting of ours, to change and `set`."""
+        return copy.deepcopy(self.config[f"{NAMESPACE}:{key}"])
+
+    def arguments(self, command: str, *more: str) -> list[str]:
+        """The command line of a sandbox command."""
+        base = [sys.executable, "-m", "sandbox", "--slot", str(self.plan.slot)]
+        base += ["--state-dir", str(self.plan.state_dir), command]
+        if command == "up":
+            inputs = self.plan.state_dir.with_name(f"{self.plan.state_dir.name}-inputs")
+            inputs.mkdir(exist_ok=True)
+            (inputs / "config.yaml").write_text(yaml.safe_dump({"config": self.config}))
+            (inputs / "world.yaml").write_text(yaml.safe_dump(self.world))
+            base += ["--config", str(inputs / "config.yaml")]
+            base += ["--world", str(inputs / "world.yaml")]
+        return [*base, *more]
+
+    def run(self, command: str, *more: str, timeout: float = 600) -> str:
+        """Runs a sandbox command and returns what it printed; its exit code is in `last`."""
+        self.last = subprocess.run(
+            self.arguments(command, *more),
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        self.log.append(self.last.stdout)
+        return self.last.stdout
+
+    def up(self, *more: str) -> str:
+        """`up`, which must succeed; returns what it printed."""
+        printed = self.run("up", *more)
+        assert self.last is not None
+        assert self.last.returncode == 0, printed
+        return printed
+
+    def refused(self, *more: str) -> str:
+        """`up`, which must fail; returns what it printed."""
+        printed = self.run("up", *more)
+        assert self.last is not None
+        assert self.last.returncode == 1, printed
+        return printed
+
+    @property
+    def state(self) -> State:
+        return State.load(self.plan.state_dir / "state.json")
+
+    @property
+    def outputs(self) -> Mapping[str, Any]:
+        """The stack's outputs, secrets unwrapped."""
+        return plain(self.state.outputs)
+
+    @property
+    def master(self) -> MasterApi:
+        """The master's API, as an operator uses it."""
+        return MasterApi.of(self.state.outputs)
+
+    def machine(self, name: str) -> str:
+        """The machine behind `master`, a site's name, or a given host's."""
+        found = [m for m in machine.machines(self.plan) if m == name]
+        found += [
+            m
+            for m in machine.machines(self.plan)
+            if m.startswith((f"{name}-", f"slave-{name}-")) and machine.is_running(self.plan, m)
+        ]
+        assert found, f"no machine {name}: {machine.machines(self.plan)}"
+        return found[-1]
+
+    def inside(self, name: str, *argv: str, stdin: str | None = None, check: bool = True) -> str:
+        """What a program prints (stdout and stderr) when root runs it on a machine."""
+        done = machine.exec(
+            self.plan, self.machine(name), argv, stdin=stdin, check=check, timeout=120
+        )
+        return done.stdout + done.stderr
+
+    def script(self, name: str, text: str, *, check: bool = True) -> str:
+        """What a shell script prints when root runs it on a machine."""
+        return self.inside(name, "bash", "-c", text, check=check)
+
+    def public_ip(self, name: str) -> str:
+        """The Elastic IP of `master` or of a site's slave."""
+        rows = {"master": self.outputs.get("master"), **self.outputs["slaves"]}
+        return rows[name]["publicIp"]
+
+    def query(self, promql: str) -> list[Sample]:
+        """An instant query, asked of the master."""
+        return self.master.query(promql)
+
+    def stranger(self, name: str = "stranger") -> str:
+        """The namespace of somebody on the internet with an address of its own."""
+        return network.stranger(self.plan, name)
+
+    @property
+    def fabric(self) -> Fabric:
+        return Fabric(self.plan)
+
+    def start_times(self) -> dict[str, str]:
+        """Of each service and kernel on our servers: when it started. Same means: not restarted."""
+        found: dict[str, str] = {}
+        for name in ("master", *self.outputs["slaves"]):
+            units = "prometheus nginx node_exporter ssh"
+            found[name] = self.script(
+                name,
+                f"systemctl show -p Id,MainPID,ExecMainStartTimestamp {units};"
+                "cat /proc/sys/kernel/random/boot_id",
+            )
+        return found
+
+    def scrapes(self, selector: str, seconds: float) -> list[Sample]:
+        """Every raw sample of the last seconds of one series, as the master stored it."""
+        return self.master.samples(f"{selector}[{int(seconds)}s]")
+
+    def wait(self, promql: str, *, seconds: float = 60) -> list[Sample]:
+        """Waits until a query on the master has an answer."""
+        found = host.wait_until(lambda: self.query(promql), seconds=seconds, step=0.5)
+        assert found, f"{promql} had no answer within {seconds:g} s"
+        return found
+
+
+def no_scrape_lost(sandbox: Sandbox, selector: str, since: float, interval: float) -> None:
+    """Fails if any scrape of one series since a moment failed or is missing."""
+    samples = sandbox.scrapes(selector, time.time() - since)
+    assert samples, f"no sample of {selector}"
+    assert {sample.value for sample in samples} == {1.0}
+    times = [sample.timestamp for sample in samples]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    # Prometheus holds its rhythm to milliseconds; a lost scrape leaves a gap of two intervals.
+    assert max(gaps, default=0.0) < interval * 1.5, json.dumps(gaps)
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """The sandbox that all tests share; up, with the settings of Pulumi.sandbox.yaml."""
+    slot = int(os.environ.get("SANDBOX_TEST_SLOT", "1"))
+    keep = "SANDBOX_TEST_KEEP" in os.environ
+    shared = Sandbox.fresh(slot, ROOT / f".sandbox-test{slot}")
+    if not keep:
+        shared.run("down")
+    shared.up()
+    yield shared
+    if not keep:
+        shared.run("down")
