@@ -36,8 +36,8 @@ purge: .venv/.complete ## `down`, and the cached base image and releases too
 lint: .venv/.complete ## ruff and pyright
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/pyright
 
-test: lint ## Everything: lint, unit tests, rendered files, booted machines
-	@$(RUN) sandbox test
+test: lint ## Everything: lint, unit tests, rendered files, booted machines (asks for root)
+	@./tests/run
 
 test-unit: lint ## What needs neither root nor machines
 	@$(RUN) pytest -n auto -m "not machines"

@@ -31,6 +31,7 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from hostfiles.duration import milliseconds
 from hostfiles.model import Job, Release
 
 NAMESPACE = "prometheus-federation"
@@ -115,33 +116,11 @@ def _cidr(value: str) -> str:
 
 
 def _duration(value: str) -> str:
-    seconds(value)
+    try:
+        milliseconds(value)
+    except ValueError:
+        raise ValueError("is not a Prometheus duration; write it like 15s, 1m30s or 30d") from None
     return value
-
-
-_DURATION_UNITS = {
-    "y": 365 * 86400.0,
-    "w": 7 * 86400.0,
-    "d": 86400.0,
-    "h": 3600.0,
-    "m": 60.0,
-    "s": 1.0,
-    "ms": 0.001,
-}
-
-
-def seconds(duration: str) -> float:
-    """Seconds of a Prometheus duration such as `1m30s`.
-
-    https://prometheus.io/docs/prometheus/latest/configuration/configuration/#configuration-file
-    """
-    parts = re.findall(r"(\d+)(ms|[ywdhms])", duration)
-    if not parts or "".join(n + u for n, u in parts) != duration:
-        raise ValueError("is not a Prometheus duration; write it like 15s, 1m30s or 30d")
-    total = sum(int(number) * _DURATION_UNITS[unit] for number, unit in parts)
-    if total <= 0:
-        raise ValueError("is no time at all; write it like 15s, 1m30s or 30d")
-    return total
 
 
 def _target(value: str) -> str:
@@ -233,7 +212,7 @@ class JobSettings(_Model):
                 )
         for key in ("scrape_interval", "scrape_timeout"):
             if key in (self.model_extra or {}):
-                seconds(str((self.model_extra or {})[key]))
+                _duration(str((self.model_extra or {})[key]))
         return self
 
     def job(self) -> Job:
@@ -270,10 +249,10 @@ class HostSettings(_Model):
         for name, count in Counter(job.name for job in jobs).items():
             if count > 1:
                 raise ValueError(f"holds {count} jobs named {name!r}; give each its own name")
-            if name in reserved:
+            if name in reserved or name.startswith("federate-"):
                 raise ValueError(
                     f"holds a job named {name!r}, which is the program's own; name it otherwise "
-                    f"(reserved: {', '.join(sorted(reserved))})"
+                    f"(reserved: {', '.join(sorted(reserved))}, and federate-…)"
                 )
         return jobs
 
@@ -319,7 +298,7 @@ class Settings(_Model):
     operator_cidrs: Annotated[tuple[Cidr, ...], Field(min_length=1)]
     package_cidrs: tuple[Cidr, ...]
     certificates: Literal["ownCa"]
-    os: Literal["debian13", "ubuntu2404"]
+    os: Literal["debian13", "ubuntu2604"]
     ami_id: Annotated[
         Annotated[str, Field(pattern=r"^ami-[a-z0-9]+$")] | None, BeforeValidator(_none_if_empty)
     ]
@@ -483,7 +462,15 @@ def check(given: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors(include_url=False)]
+        problems = error.errors(include_url=False)
+        # A list whose items are refused counts as empty: the items are what to tell about.
+        refused = [problem["loc"] for problem in problems]
+        lines = [
+            _explain(problem)
+            for problem in problems
+            if problem["type"] != "too_short"
+            or not any(other[: len(problem["loc"])] == problem["loc"] != other for other in refused)
+        ]
         # `from None`: the original holds the whole input, secrets included.
         raise SettingsError("\n".join(lines)) from None
 

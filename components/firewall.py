@@ -53,7 +53,7 @@ class Firewall(pulumi.ComponentResource):
             tags=environment.tags(name),
             opts=child_opts,
         )
-        self.rules = Output.from_input(dict(addresses)).apply(table)
+        self.rules = Output.all(**addresses).apply(lambda known: table(dict(known)))
         for rule in table(dict.fromkeys(addresses, "0.0.0.0")):  # noqa: S104 - only names are read
             kind = (
                 aws.vpc.SecurityGroupIngressRule

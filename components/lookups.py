@@ -39,9 +39,10 @@ class Image:
 
 IMAGES = {
     "debian13": Image(owner="136693071363", name="debian-13-amd64-*", user="admin"),
-    "ubuntu2404": Image(
+    # The first LTS whose OpenSSL knows X25519MLKEM768, which nginx is told to prefer.
+    "ubuntu2604": Image(
         owner="099720109477",
-        name="ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*",
+        name="ubuntu/images/hvm-ssd-gp3/ubuntu-*-26.04-amd64-server-*",
         user="ubuntu",
     ),
 }

@@ -60,6 +60,8 @@ def _config(
         },
         "ssh_pwauth": False,
         "disable_root": True,
+        # The passing public address gives way to the Elastic IP while packages are fetched.
+        "apt": {"conf": 'Acquire::Retries "5";'},
         "package_update": True,
         "packages": sorted(host.packages),
         "write_files": [_write_file(file) for file in files],
@@ -71,7 +73,6 @@ def _config(
             "rm -f /etc/nginx/sites-enabled/default",
             "systemctl daemon-reload",
             f"systemctl restart {firewall.UNIT.name}",
-            "systemctl reload ssh.service",
             # If one cannot be fetched now, apply-bundle tries again and says why.
             *(f"{shlex.join(install_command(release))} || true" for release in host.releases),
         ],

@@ -167,6 +167,8 @@ def federate_job(site: FederatedSite) -> dict[str, Any]:
         "metrics_path": "/federate",
         "params": {"match[]": list(site.match)},
         "honor_labels": True,
+        # A slave says its own job and instance, but not that it is another site.
+        "metric_relabel_configs": [{"target_label": "site", "replacement": site.site}],
         "honor_timestamps": True,
         # Federated samples carry timestamps: without this, a dead site's last values live on.
         "track_timestamps_staleness": True,

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pulumi
 from rich.console import Console
 from rich.table import Table
@@ -22,16 +23,16 @@ from sandbox.engine import Changes, Engine
 from sandbox.host import SandboxError
 from sandbox.network import Fabric
 from sandbox.plan import SLOTS, Plan, hold
-from sandbox.program import Project, evaluate, plain, read_project
+from sandbox.program import Project, Secret, evaluate, plain, read_project
 from sandbox.progress import Steps
-from sandbox.proof import prove
+from sandbox.proof import MasterApi, prove
 from sandbox.random import RandomProvider
 from sandbox.recorder import Recorder
 from sandbox.releases import LocalRelease, Pin, ReleaseServer
 from sandbox.state import State
 from sandbox.tls import TlsProvider
 from sandbox.world import World
-from settings import RELEASES
+from settings import NAMESPACE, RELEASES
 
 HERE = Path(__file__).resolve().parent.parent
 STACK = "sandbox"
@@ -117,6 +118,9 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
         host.prepare(steps)
         with hold(plan, take_over=True):
             changes, state, config, local = _converge(plan, project, given, steps)
+            # For `verify`: what was asked for last, passwords of the user's included.
+            state.settings = Secret(dict(config))
+            state.save()
             _write_outputs(plan, state.outputs)
             proof = None
             if not chosen.no_verify and "master" in state.outputs:
@@ -161,8 +165,10 @@ def _converge(
         world.ensure_networks(plan, given, fabric)
         hosts = side_by_side.submit(world.ensure_hosts, plan, given, steps)
         aws = AwsProvider(plan, given, fabric, base, steps)
-        started = aws.resume()
         state = State.load(plan.state_dir / "state.json")
+        # What a killed run began and could not note down is begun anew.
+        aws.forget_all_but({record.id for record in state.everything})
+        started = aws.resume()
         engine = Engine(state, {}, aws.invoke, steps)
         engine.providers = {
             "aws": aws,
@@ -186,7 +192,6 @@ def _converge(
                     config=config,
                 )
             )
-        aws.forget_all_but({record.id for record in state.records.values()})
         changes.started = [*hosts.result(), *started]
     return changes, state, config, local
 
@@ -212,6 +217,10 @@ def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
         if not path.exists() or path.read_text() != content:
             path.touch(mode=0o600)
             path.write_text(content)
+    # Whoever asked through sudo shall be able to use them: the rest stays root's.
+    plan.state_dir.chmod(0o711)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, int(os.environ.get("SUDO_UID", "0")), int(os.environ.get("SUDO_GID", "0")))
 
 
 def _show(plan: Plan, console: Console) -> bool:
@@ -220,72 +229,76 @@ def _show(plan: Plan, console: Console) -> bool:
     outputs = plain(state.outputs)
     model = Fabric(plan).model
     public = {holder: address for address, holder in model.eips.items() if holder}
-    table = Table("machine", "name", "private", "public", "memory", "state", box=None)
+    table = Table("machine", "private", "public", "memory", "state", box=None)
     well = bool(model.attachments)
     rows = [
         *outputs.get("slaves", {}).values(),
         *([outputs["master"]] if "master" in outputs else []),
     ]
-    names = {row["publicIp"]: row["host"] for row in rows}
+    names = {row["publicIp"]: row["host"].partition(".")[0] for row in rows}
     for name, attachment in sorted(model.attachments.items()):
         running = machine.is_running(plan, name)
         well &= running
         used, limit = machine.memory_bytes(plan, name) if running else (0, 0)
         table.add_row(
-            name,
-            names.get(public.get(name, ""), ""),
+            names.get(public.get(name, ""), name),
             attachment.private_ip,
             public.get(name, "-"),
-            f"{used >> 20} / {limit >> 20} MiB" if running else "-",
+            f"{used >> 20}/{limit >> 20} MiB" if running else "-",
             "running" if running else "stopped",
             style="" if running else "red",
         )
     console.print(table)
-    folder = plan.state_dir / "outputs"
     if "master" in outputs:
-        master = outputs["master"]
-        address = master["publicIp"]
-        console.print(
-            f"\nweb page  https://{address}/  (user {master['user']}, password in "
-            f"{folder / 'master.curl'}; the browser must trust {folder / 'ca.pem'})\n"
-            f"query     curl -K {folder / 'master.curl'} "
-            f"'https://{address}/api/v1/query?query=up'\n"
-            f"shell     make ssh NAME={master['host'].partition('.')[0]}",
-            markup=False,
-            soft_wrap=True,
-        )
+        _tell_master(plan, state, console)
     return well
+
+
+def _tell_master(plan: Plan, state: State, console: Console) -> None:
+    master = plain(state.outputs)["master"]
+    folder, address = plan.state_dir / "outputs", master["publicIp"]
+    try:
+        pages = MasterApi.of(state.outputs).has_pages()
+    except httpx.HTTPError:
+        pages = False
+    lines = [
+        f"query     curl -K {folder / 'master.curl'} 'https://{address}/api/v1/query?query=up'",
+        f"user      {master['user']}, password in {folder / 'master.curl'}",
+        f"shell     make ssh NAME={master['host'].partition('.')[0]}",
+    ]
+    if pages:
+        lines.insert(
+            0, f"web page  https://{address}/ (the browser must trust {folder / 'ca.pem'})"
+        )
+    else:
+        lines.insert(0, "web page  none: Debian's build of Prometheus has no pages; query its API")
+    console.print("", *lines, sep="\n", markup=False, soft_wrap=True)
 
 
 def _status(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
-    if not (plan.state_dir / "state.json").exists():
-        console.print("nothing is up; `make up` boots it")
-        return 1
+    _state(plan)
     return 0 if _show(plan, console) else 1
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> int:
-    plan = _plan(chosen)
-    outputs = _outputs(plan)
-    project = read_project(HERE, STACK)
+    state = _state(_plan(chosen))
     with Steps(console) as steps:
-        proof = prove(outputs, project.config, project.name, steps)
+        proof = prove(state.outputs, plain(state.settings), NAMESPACE, steps)
     for line in proof.found:
         console.print(f"  {line}", markup=False)
     return 0
 
 
-def _outputs(plan: Plan) -> Mapping[str, Any]:
-    outputs = State.load(plan.state_dir / "state.json").outputs if plan.state_dir.exists() else {}
-    if not outputs:
+def _state(plan: Plan) -> State:
+    if not (plan.state_dir / "state.json").exists():
         raise SandboxError("Nothing is up.", "Boot it with `make up`.")
-    return outputs
+    return State.load(plan.state_dir / "state.json")
 
 
 def _ssh(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
-    outputs = plain(_outputs(plan))
+    outputs = plain(_state(plan).outputs)
     rows = [*outputs["slaves"].values(), *([outputs["master"]] if "master" in outputs else [])]
     ours = {row["host"].partition(".")[0]: row for row in rows}
     folder = plan.state_dir / "outputs"
@@ -309,8 +322,10 @@ def _ssh(chosen: argparse.Namespace, console: Console) -> int:
 
 def _down(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
+    # Holding the slot makes these; they do not count as found.
+    held = {f"folder {p}" for p in (plan.state_dir, plan.runtime_dir) if not p.exists()}
     with hold(plan, take_over=True):
-        removed = world.destroy(plan)
+        removed = [line for line in world.destroy(plan) if line not in held]
     if chosen.purge:
         removed += world.purge(
             {slot: Plan(slot=slot, state_dir=plan.state_dir) for slot in range(SLOTS)}

@@ -85,12 +85,6 @@ class Engine:
         self._state.save()
         return self.changes
 
-    def destroy(self) -> None:
-        """Deletes everything, last made first."""
-        everything = [*self._state.records.values(), *self._state.condemned]
-        for record in sorted(everything, key=lambda r: r.sequence, reverse=True):
-            self._delete(record)
-
     def invoke(self, token: str, args: Mapping[str, Any]) -> dict[str, Any]:
         """Answers a provider function."""
         return self._functions(token, args)

@@ -150,7 +150,7 @@ def is_alive(pid: int) -> bool:
 
 
 def require_platform() -> None:
-    """Refuse a system on which no installed package would help, or a user who may not."""
+    """Refuse a system on which no installed package would help."""
     if sys.platform != "linux":
         system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
         raise SandboxError(
@@ -161,12 +161,6 @@ def require_platform() -> None:
         raise SandboxError(
             f"The sandbox's machines are x86_64 (t3.micro); this is {platform.machine()}.",
             LINUX_INSTEAD,
-        )
-    if os.geteuid() != 0:
-        raise SandboxError(
-            "The sandbox needs root: it boots machines, mounts their disks, and makes network "
-            "links and firewall rules, all of them under names of its own.",
-            "Run the same command through sudo.",
         )
     absent = [name for name in KERNEL_NAMESPACES if not Path(f"/proc/self/ns/{name}").exists()]
     if absent:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from hostfiles.duration import milliseconds
 from sandbox.host import Progress, SandboxError
 from sandbox.program import plain
 
@@ -53,6 +54,10 @@ class MasterApi:
             plain(outputs["masterPassword"]),
             plain(outputs["caCertificate"]),
         )
+
+    def has_pages(self) -> bool:
+        """Whether this build of Prometheus has web pages: Debian's own has none."""
+        return self._client.get(f"{self._base}/query").status_code == httpx.codes.OK
 
     def get(self, path: str, **parameters: str) -> Any:
         """The data of an API's answer. https://prometheus.io/docs/prometheus/latest/querying/api/."""
@@ -112,7 +117,7 @@ def prove(
 def look(api: MasterApi, config: Mapping[str, Any], namespace: str) -> Proof:
     """One look at the master."""
     proof = Proof()
-    interval = config[f"{namespace}:scrapeInterval"]
+    interval = milliseconds(config[f"{namespace}:scrapeInterval"])
     zone = config[f"{namespace}:zone"]
     up = {
         (s.labels.get("site"), s.labels.get("job"), s.labels.get("instance")): s
@@ -129,10 +134,11 @@ def look(api: MasterApi, config: Mapping[str, Any], namespace: str) -> Proof:
         site = slave["site"]
         _expect(proof, up, (site, "federate", f"{slave['host']}.{zone}:9095"), {})
         for job in slave.get("jobs", []):
+            slowest = max(interval, milliseconds(job.get("scrape_interval", "1ms")))
             for target in job["targets"]:
                 key = (site, job["name"], target)
                 if _expect(proof, up, key, job.get("labels", {})):
-                    limit = FRESH_INTERVALS * _seconds(interval)
+                    limit = FRESH_INTERVALS * slowest / 1000
                     if ages.get(key, limit + 1) > limit:
                         proof.missing.append(f"a fresh sample of {target}, at most {limit:g} s old")
     if ages and not proof.missing:
@@ -159,9 +165,3 @@ def _expect(
         proof.found.append(f"{name} = 1")
         return True
     return False
-
-
-def _seconds(interval: str) -> float:
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-    unit = next(u for u in units if interval.endswith(u))
-    return float(interval.removesuffix(unit)) * units[unit]

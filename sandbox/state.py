@@ -45,6 +45,7 @@ class State:
     records: dict[str, Record] = field(default_factory=dict)
     condemned: list[Record] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)
+    settings: Secret = field(default_factory=lambda: Secret({}))
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
@@ -59,7 +60,13 @@ class State:
             state.records = {urn: Record(**record) for urn, record in known["records"].items()}
             state.condemned = [Record(**record) for record in known["condemned"]]
             state.outputs = known["outputs"]
+            state.settings = known["settings"]
         return state
+
+    @property
+    def everything(self) -> list[Record]:
+        """Every resource that exists, those left for deletion too."""
+        return [*self.records.values(), *self.condemned]
 
     def put(self, record: Record, replaced: Record | None = None) -> None:
         """Remembers a resource, and an old one in its place for deletion."""
@@ -86,8 +93,10 @@ class State:
                 "records": {urn: _fields(rec) for urn, rec in self.records.items()},
                 "condemned": [_fields(record) for record in self.condemned],
                 "outputs": self.outputs,
+                "settings": self.settings,
             }
             fresh = self.path.with_suffix(".new")
+            fresh.touch(mode=0o600)
             fresh.write_text(json.dumps(self._encrypted(whole), indent=1, sort_keys=True))
             fresh.replace(self.path)
 

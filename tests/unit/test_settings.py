@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import settings
-from settings import SettingsError, check, seconds
+from settings import SettingsError, check
 
 ROOT = Path(__file__).parents[2]
 
@@ -258,13 +258,6 @@ def test_every_problem_is_told_at_once() -> None:
     with pytest.raises(SettingsError) as refusal:
         check(given)
     assert len(str(refusal.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("duration", "expected"), [("15s", 15), ("1m30s", 90), ("500ms", 0.5), ("1d", 86400)]
-)
-def test_durations_are_read_as_prometheus_reads_them(duration: str, expected: float) -> None:
-    assert seconds(duration) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+"""apply-bundle on a small bundle, with a systemctl that notes its calls.
+
+Its steps with real services are shown on booted machines (tests/sandbox).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from hostfiles.templates import FOLDER
+from tests.hostfiles.conftest import Root
+
+pytestmark = pytest.mark.machines
+
+SYSTEMCTL = """#!/bin/sh
+echo "$*" >>/stub/calls
+case "$1" in
+show) echo 0 ;;
+is-active) [ -e "/stub/active/$3" ] || exit 3 ;;
+restart | start) touch "/stub/active/$2" ;;
+esac
+[ "$(cat /stub/fail 2>/dev/null)" != "$1 $2" ] || { echo "the unit's own words" >&2; exit 1; }
+[ "$(cat /stub/kill 2>/dev/null)" != "$1 $2" ] || { rm /stub/kill; kill -9 $PPID; }
+exit 0
+"""
+
+
+class Host:
+    """A root with apply-bundle and the stub in it."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        root.write("/stub/systemctl", SYSTEMCTL, 0o755)
+        root.write("/stub/cloud-init", "#!/bin/sh\necho '{}'\n", 0o755)
+        root.write("/stub/active/none", "")
+        program = (FOLDER / "apply-bundle").read_text()
+        root.write("/usr/local/sbin/apply-bundle", program, 0o755)
+
+    def apply(self, bundle: dict[str, Any] | str) -> subprocess.CompletedProcess[str]:
+        self.root.write("/stub/calls", "")
+        text = bundle if isinstance(bundle, str) else json.dumps(bundle)
+        return self.root.run(["/usr/local/sbin/apply-bundle"], stdin=text)
+
+    def on(self, event: str, call: str) -> None:
+        """Lets the stub fail, or kill its caller, at that call."""
+        self.root.write(f"/stub/{event}", call)
+
+    def off(self, event: str) -> None:
+        (self.root.upper / "stub" / event).unlink()
+
+    @property
+    def calls(self) -> list[str]:
+        """What systemctl was asked to do."""
+        lines = (self.root.upper / "stub/calls").read_text().splitlines()
+        return [line for line in lines if line.split()[0] in {"restart", "reload", "start"}]
+
+    def cat(self, path: str) -> str:
+        return self.root.run(["cat", path]).stdout
+
+    def trees(self) -> list[str]:
+        return self.root.run(["ls", "/opt/federation/trees"]).stdout.split()
+
+
+def bundle(**contents: str) -> dict[str, Any]:
+    """A bundle of files /etc/demo/<name>; a.service restarts on `a`, reloads on the others."""
+    return {
+        "format": 1,
+        "files": [
+            {
+                "path": f"/etc/demo/{name}",
+                "content": content,
+                "owner": "root",
+                "group": "root",
+                "mode": 0o640,
+                "secret": True,
+            }
+            for name, content in sorted(contents.items())
+        ],
+        "checks": [{"name": "demo", "argv": ["grep", "-q", "good", "{tree}/etc/demo/a"]}],
+        "units": [
+            {
+                "name": name,
+                "restart_on": restart_on,
+                "reload_on": ["/etc/demo/"],
+                "ready": [],
+                "ready_seconds": 1,
+            }
+            for name, restart_on in (("a.service", ["/etc/demo/a"]), ("b.service", []))
+        ],
+        "releases": [],
+    }
+
+
+@pytest.fixture
+def host(tool_root: Root) -> Host:
+    return Host(tool_root)
+
+
+@pytest.fixture
+def applied(host: Host) -> Host:
+    done = host.apply(bundle(a="good 1", b="1"))
+    assert done.returncode == 0, done.stderr
+    return host
+
+
+def test_the_first_bundle_starts_every_unit_and_links_every_file(applied: Host) -> None:
+    assert applied.calls == ["restart a.service", "start b.service"]
+    link = applied.root.run(["readlink", "/etc/demo/a"]).stdout.strip()
+    assert link == "/opt/federation/current/etc/demo/a"
+    assert applied.cat("/etc/demo/a") == "good 1"
+
+
+def test_the_same_bundle_again_touches_nothing(applied: Host) -> None:
+    done = applied.apply(bundle(a="good 1", b="1"))
+    assert (done.returncode, done.stdout) == (0, "no changes\n")
+    assert applied.calls == []
+
+
+def test_a_unit_that_is_down_is_started_by_the_same_bundle(applied: Host) -> None:
+    (applied.root.upper / "stub/active/b.service").unlink()
+    done = applied.apply(bundle(a="good 1", b="1"))
+    assert (done.returncode, done.stdout) == (0, "started b.service\n")
+
+
+def test_a_changed_file_reloads_what_reads_it_and_restarts_nothing(applied: Host) -> None:
+    done = applied.apply(bundle(a="good 1", b="2"))
+    assert done.stdout == "changed /etc/demo/b\nreloaded a.service\nreloaded b.service\n"
+    assert len(applied.trees()) == 1
+
+
+def test_content_is_never_printed(host: Host) -> None:
+    for text in ("good CANARY", "bad CANARY"):
+        done = host.apply(bundle(a=text))
+        assert "CANARY" not in done.stdout + done.stderr
+
+
+def test_a_refused_bundle_changes_nothing(applied: Host) -> None:
+    done = applied.apply(bundle(a="bad", b="2"))
+    assert done.returncode == 1
+    assert "checking demo" in done.stderr
+    assert "Nothing was changed." in done.stderr
+    assert applied.calls == []
+    assert applied.cat("/etc/demo/b") == "1"
+    assert len(applied.trees()) == 1
+
+
+def test_a_key_that_is_not_its_certificates_is_refused(
+    applied: Host, leaves: dict[str, Any]
+) -> None:
+    one, other = leaves.values()
+    pair = {"x.crt": one.certificate, "x.key": other.key}
+    done = applied.apply(bundle(a="good 1", b="1", **pair))
+    assert done.returncode == 1
+    assert "/etc/demo/x.crt and its key match" in done.stderr
+    done = applied.apply(bundle(a="good 1", b="1", **{**pair, "x.key": one.key}))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_unit_that_does_not_take_it_brings_the_old_files_back(applied: Host) -> None:
+    applied.on("fail", "reload b.service")
+    done = applied.apply(bundle(a="good 1", b="2", c="new"))
+    assert done.returncode == 1
+    assert "systemctl reload b.service: the unit's own words" in done.stderr
+    assert applied.cat("/etc/demo/b") == "1"
+    assert applied.root.run(["test", "-e", "/etc/demo/c"]).returncode == 1
+    applied.off("fail")
+    done = applied.apply(bundle(a="good 1", b="1"))
+    assert done.returncode == 0, done.stderr
+    assert len(applied.trees()) == 1
+
+
+def test_a_removed_file_is_gone(applied: Host) -> None:
+    done = applied.apply(bundle(a="good 1"))
+    assert "removed /etc/demo/b" in done.stdout
+    assert applied.root.run(["test", "-L", "/etc/demo/b"]).returncode == 1
+
+
+@pytest.mark.parametrize("call", ["reload a.service", "reload b.service", "is-active --quiet"])
+def test_killed_at_a_step_the_next_run_finishes(applied: Host, call: str) -> None:
+    applied.on("kill", call)
+    done = applied.apply(bundle(a="good 1", b="2"))
+    assert done.returncode != 0
+    done = applied.apply(bundle(a="good 1", b="2"))
+    assert done.returncode == 0, done.stderr
+    assert "reload b.service" in applied.calls
+    assert applied.cat("/etc/demo/b") == "2"
+    done = applied.apply(bundle(a="good 1", b="2"))
+    assert done.stdout == "no changes\n"
+
+
+def test_killed_in_the_middle_a_refused_bundle_goes_back_to_the_last_whole_one(
+    applied: Host,
+) -> None:
+    applied.on("kill", "reload b.service")
+    assert applied.apply(bundle(a="good 1", b="2")).returncode != 0
+    done = applied.apply(bundle(a="bad", b="3"))
+    assert done.returncode == 1
+    assert "The old configuration is back and serving." in done.stderr
+    assert applied.cat("/etc/demo/b") == "1"
+    assert applied.calls == ["reload a.service", "reload b.service"]
+
+
+def test_what_somebody_changed_on_the_host_is_put_right(applied: Host) -> None:
+    applied.root.run(["sh", "-c", "echo odd >>/etc/demo/b"])
+    done = applied.apply(bundle(a="good 1", b="1"))
+    assert done.stdout == "repaired /etc/demo/b\nreloaded a.service\nreloaded b.service\n"
+    assert applied.cat("/etc/demo/b") == "1"
+    applied.root.run(["sh", "-c", "rm /etc/demo/b; echo odd >/etc/demo/b"])
+    assert "repaired /etc/demo/b" in applied.apply(bundle(a="good 1", b="1")).stdout
+    assert applied.apply(bundle(a="good 1", b="1")).stdout == "no changes\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"format": 1, "files": [', "cut off or no JSON"),
+        ("", "cut off or no JSON"),
+        ('{"format": 2}', "format is 2"),
+        ('{"format": 1, "files": [{"path": "/etc/../x/y"}]}', "absolute, plain path"),
+        ('{"format": 1, "files": [{"path": "etc/x/y"}]}', "absolute, plain path"),
+    ],
+)
+def test_a_bundle_that_is_none_is_refused(host: Host, text: str, words: str) -> None:
+    done = host.apply(text)
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+def test_an_owner_who_does_not_exist_is_named(host: Host) -> None:
+    wrong = bundle(a="good")
+    wrong["files"][0]["group"] = "nobodys"
+    done = host.apply(wrong)
+    assert done.returncode == 1
+    assert "nobodys" in done.stderr
+
+
+def test_a_first_boot_that_failed_is_told_in_cloud_inits_words(host: Host) -> None:
+    stub = '#!/bin/sh\necho \'{"errors": ["no package nginxx"]}\'\nexit 1\n'
+    host.root.write("/stub/cloud-init", stub, 0o755)
+    done = host.apply(bundle(a="good"))
+    assert done.returncode == 1
+    assert "no package nginxx" in done.stderr
+
+
+def test_a_second_run_waits_for_the_first(applied: Host) -> None:
+    # The lock is a file of the host: one root for both.
+    script = (
+        "flock /run/lock/apply-bundle.lock sleep 1 & sleep 0.3; exec apply-bundle </stub/bundle"
+    )
+    applied.root.write("/stub/bundle", json.dumps(bundle(a="good 1", b="2")))
+    applied.root.write("/stub/calls", "")
+    done = applied.root.run(["sh", "-c", script])
+    assert done.returncode == 0, done.stderr
+    assert "changed /etc/demo/b" in done.stdout

@@ -1,0 +1,49 @@
+"""install-release, from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+
+import pytest
+
+from hostfiles.templates import FOLDER
+from tests.hostfiles.conftest import Root
+
+pytestmark = pytest.mark.machines
+
+
+@pytest.fixture
+def tarball(tool_root: Root) -> str:
+    """A release of one program, in the host's root; its sha256."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        info = tarfile.TarInfo("demo-1.0.linux-amd64/demo")
+        info.mode, info.size, info.uid = 0o775, 2, 1000
+        tar.addfile(info, io.BytesIO(b"hi"))
+    file = tool_root.upper / "srv/demo.tar.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(buffer.getvalue())
+    program = (FOLDER / "install-release").read_text()
+    tool_root.write("/usr/local/sbin/install-release", program, 0o755)
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def test_a_release_is_unpacked_under_its_name_and_version(tool_root: Root, tarball: str) -> None:
+    argv = ["install-release", "demo", "1.0", "file:///srv/demo.tar.gz", tarball]
+    for _ in range(2):
+        done = tool_root.run(argv)
+        assert done.returncode == 0, done.stderr
+    stat = tool_root.run(["stat", "-c", "%a %U", "/opt/releases/demo-1.0/demo"]).stdout
+    assert stat == "755 root\n"
+    assert tool_root.run(["ls", "-A", "/opt/releases"]).stdout.count(".demo") == 0
+
+
+@pytest.mark.usefixtures("tarball")
+def test_another_sum_is_refused_with_both(tool_root: Root, tarball: str) -> None:
+    done = tool_root.run(["install-release", "demo", "1.0", "file:///srv/demo.tar.gz", "0" * 64])
+    assert done.returncode == 1
+    assert tarball in done.stderr
+    assert "0" * 64 in done.stderr
+    assert tool_root.run(["test", "-e", "/opt/releases/demo-1.0"]).returncode == 1

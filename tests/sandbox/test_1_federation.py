@@ -1,0 +1,171 @@
+"""The main job: the master federates the slave, on machines that booted from user-data."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from conftest import ROOT, Sandbox
+
+from sandbox import machine
+
+CORES = [f"core0{n}.example.internal:9100" for n in range(1, 5)]
+INTERVAL_SECONDS = 15
+MIB = 1 << 20
+
+
+def test_the_four_cores_are_up_on_the_master_with_their_own_labels(sandbox: Sandbox) -> None:
+    found = {s.labels["instance"]: s for s in sandbox.query('up{job="CoreSystems"}')}
+    assert sorted(found) == CORES
+    for sample in found.values():
+        assert sample.value == 1
+        assert sample.labels["group"] == "CoreSystems Monitoring"
+        assert sample.labels["site"] == "dublin"
+
+
+def test_federated_samples_are_fresh(sandbox: Sandbox) -> None:
+    ages = sandbox.query('time() - timestamp(up{job="CoreSystems"})')
+    assert len(ages) == len(CORES)
+    assert max(sample.value for sample in ages) <= 2 * INTERVAL_SECONDS
+
+
+def test_the_cores_own_metrics_cross_and_not_only_up(sandbox: Sandbox) -> None:
+    names = {s.labels["nodename"] for s in sandbox.query('node_uname_info{job="CoreSystems"}')}
+    assert names == {"core01", "core02", "core03", "core04"}
+
+
+def test_the_master_keeps_its_own_jobs_beside_the_federated_ones(sandbox: Sandbox) -> None:
+    own = {(s.labels["job"], s.labels["instance"], s.value) for s in sandbox.query('up{site=""}')}
+    name = "prometheus-master.example.com"
+    assert own == {("prometheus", name, 1.0), ("node", name, 1.0)}
+    slave = "prometheus-slave.example.com"
+    theirs = {(s.labels["job"], s.labels["instance"]) for s in sandbox.query('up{site="dublin"}')}
+    assert theirs == {
+        *(("CoreSystems", core) for core in CORES),
+        ("prometheus", slave),
+        ("node", slave),
+        ("federate", f"{slave}:9095"),
+    }
+
+
+def test_jobs_are_scraped_every_fifteen_seconds_over_tls(sandbox: Sandbox) -> None:
+    targets = {t["labels"]["job"]: t for t in sandbox.master.get("targets")["activeTargets"]}
+    assert set(targets) == {"prometheus", "node", "federate"}
+    for target in targets.values():
+        assert target["scrapeInterval"] == "15s"
+        assert target["scrapeUrl"].startswith("https://")
+        assert target["health"] == "up"
+
+
+@pytest.mark.parametrize("host", ["master", "dublin"])
+def test_servers_booted_from_the_program_s_user_data(sandbox: Sandbox, host: str) -> None:
+    assert "status: done" in sandbox.inside(host, "cloud-init", "status")
+    assert machine.failed_units(sandbox.plan, sandbox.machine(host)) == []
+    resource = "master-1" if host == "master" else f"slave-{host}-1"
+    (record,) = [r for r in sandbox.state.records.values() if r.name == resource and r.inputs]
+    assert record.inputs["instanceType"] == "t3.micro"
+    _, limit = machine.memory_bytes(sandbox.plan, sandbox.machine(host))
+    assert limit == 1024 * MIB
+
+
+@pytest.mark.parametrize("host", ["master", "dublin"])
+def test_prometheus_is_the_official_layout_with_least_rights(sandbox: Sandbox, host: str) -> None:
+    assert re.search(
+        r"^prometheus:.*:/usr/sbin/nologin$", sandbox.inside(host, "cat", "/etc/passwd"), re.M
+    )
+    told = sandbox.inside(
+        host,
+        *("systemctl", "show", "prometheus"),
+        *("-p", "User,Restart,StartLimitBurst,ExecStart,ExecStartPre,MemoryMax,ActiveState"),
+    )
+    shown = dict(line.split("=", 1) for line in told.splitlines())
+    assert shown["User"] == "prometheus"
+    assert shown["ActiveState"] == "active"
+    assert shown["Restart"] in ("always", "on-failure")
+    assert "promtool check config" in told
+    assert "promtool check web-config" in told
+    assert "127.0.0.1:9090" in shown["ExecStart"]
+    assert 0 < int(shown["MemoryMax"]) < 1024 * MIB
+    mode = sandbox.inside(host, "stat", "-Lc", "%U:%G %a", "/data").strip()
+    assert mode == "prometheus:prometheus 750"
+    assert sandbox.inside(host, "findmnt", "-no", "FSTYPE", "/data").strip() == "ext4"
+
+
+@pytest.mark.parametrize(
+    ("host", "unit", "limit"),
+    [
+        (host, unit, limit)
+        for host in ("master", "dublin")
+        for unit, limit in (("prometheus", 1.5), ("node_exporter", 2.0), ("nginx", 3.0))
+    ],
+)
+def test_units_are_hardened(sandbox: Sandbox, host: str, unit: str, limit: float) -> None:
+    told = sandbox.inside(host, "systemd-analyze", "security", "--no-pager", unit)
+    exposure = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
+    assert exposure is not None, told
+    assert float(exposure[1]) <= limit
+
+
+def test_the_slave_s_name_resolves_from_the_record_that_the_program_registered(
+    sandbox: Sandbox,
+) -> None:
+    resolved = sandbox.inside("master", "getent", "ahostsv4", "prometheus-slave.example.com")
+    assert resolved.split()[0] == sandbox.public_ip("dublin")
+
+
+def test_private_names_are_known_inside_their_network_only(sandbox: Sandbox) -> None:
+    assert "10.20.1.11" in sandbox.inside("dublin", "getent", "hosts", "core01.example.internal")
+    assert sandbox.inside("master", "getent", "hosts", "core01.example.internal", check=False) == ""
+
+
+def test_a_second_up_touches_nothing_and_says_so(sandbox: Sandbox) -> None:
+    before = sandbox.start_times()
+    started = time.monotonic()
+    printed = sandbox.up()
+    assert time.monotonic() - started < 10
+    assert "no changes" in printed
+    assert sandbox.start_times() == before
+
+
+def test_verify_and_status_agree_that_all_is_well(sandbox: Sandbox) -> None:
+    for command in ("verify", "status"):
+        printed = sandbox.run(command)
+        assert sandbox.last is not None
+        assert sandbox.last.returncode == 0, printed
+    assert "core04" in printed
+
+
+def test_ssh_gives_a_shell_with_the_pinned_host_key(sandbox: Sandbox) -> None:
+    assert sandbox.run("ssh", "prometheus-slave", "id", "-un").strip().endswith("admin")
+    assert sandbox.run("ssh", "core01", "hostname").strip().endswith("core01")
+    assert "Name one of" in sandbox.run("ssh", "nobody")
+
+
+def test_a_second_run_at_once_is_refused_and_told_who_holds_the_first(sandbox: Sandbox) -> None:
+    held = sandbox.plan.runtime_dir / "lock"
+    import fcntl
+
+    with held.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = sandbox.refused("--no-verify")
+    assert "under way" in told
+    assert "Wait until it has ended" in told
+
+
+def test_nothing_that_verifies_a_certificate_is_switched_off_anywhere(sandbox: Sandbox) -> None:
+    for host in ("master", "dublin"):
+        found = sandbox.script(
+            host,
+            "grep -rlsE 'insecure_skip_verify|proxy_ssl_verify +off' /etc /opt/federation"
+            " --include=* || true",
+        )
+        assert found == ""
+        assert "ca_file" in sandbox.inside(host, "cat", "/etc/prometheus/prometheus.yml")
+    assert not [
+        path
+        for path in ROOT.glob("**/*.py")
+        if ".venv" not in path.parts
+        and path != ROOT / "tests" / "sandbox" / "test_1_federation.py"
+        and re.search(r"insecure_skip_verify: *true|verify *= *False", path.read_text())
+    ]

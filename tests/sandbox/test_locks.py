@@ -1,0 +1,920 @@
+"""Each lock on the way to a Prometheus, tried with all the others open.
+
+From the outside in: security group, ufw, TLS with the master's certificate, rate limit, password,
+paths, and Prometheus's own TLS and passwords. Whoever tries a lock here holds every key but the one
+that it asks for, and the same client comes in when it holds that one too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Sandbox
+from keyring import DAY, Keyring, forge_authority, issue
+from probe import OPEN, SILENCE, Answer, Client, Door, Request, ask, knock
+
+from hostfiles.model import Leaf
+from sandbox import host, network, providers
+from sandbox.plan import NETNS_DIR
+
+MASTER = "prometheus-master.example.com"
+SLAVE = "prometheus-slave.example.com"
+FEDERATE = "/federate?match[]=up"
+# Slower than nginx's 10 requests a second, so that it is never the rate limit that refuses.
+PACE_SECONDS = 0.11
+
+# Mozilla's intermediate profile has six suites of TLS 1.2; three of them are for RSA certificates,
+# and all of ours are ECDSA.
+SUITES_1_2 = {
+    "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+}
+SUITES_1_3 = {
+    "TLS_AES_128_GCM_SHA256",
+    "TLS_AES_256_GCM_SHA384",
+    "TLS_CHACHA20_POLY1305_SHA256",
+}
+
+
+@pytest.fixture(scope="module")
+def keys(sandbox: Sandbox) -> Keyring:
+    return Keyring(sandbox.state)
+
+
+@pytest.fixture(scope="module")
+def master_client(sandbox: Sandbox, keys: Keyring) -> Client:
+    """Every key to 9095, as the master has them."""
+    return _client(
+        keys,
+        keys.leaf("master-prometheus"),
+        sandbox.outputs["slaves"]["dublin"]["federationUser"],
+        sandbox.outputs["federationPasswords"]["dublin"],
+    )
+
+
+@pytest.fixture(scope="module")
+def federation(sandbox: Sandbox) -> Door:
+    """The slave's port 9095."""
+    return Door(address=sandbox.public_ip("dublin"), port=9095, name=SLAVE)
+
+
+@pytest.fixture(scope="module")
+def page(sandbox: Sandbox) -> Door:
+    """The master's page."""
+    return Door(address=sandbox.public_ip("master"), port=443, name=MASTER)
+
+
+@pytest.fixture(scope="module")
+def page_client(sandbox: Sandbox, keys: Keyring) -> Client:
+    """An operator: no certificate, but a password."""
+    return _client(keys, None, sandbox.outputs["master"]["user"], sandbox.outputs["masterPassword"])
+
+
+@pytest.fixture
+def outsider(sandbox: Sandbox) -> Iterator[str]:
+    """The namespace of a machine on the internet that no firewall knows of."""
+    name = "outsider"
+    try:
+        yield sandbox.stranger(name)
+    finally:
+        network.remove_stranger(sandbox.plan, name)
+
+
+@pytest.fixture
+def insider(sandbox: Sandbox) -> Iterator[str]:
+    """The namespace of a machine on the internet to which both firewalls are open on 9095."""
+    name = "insider"
+    try:
+        namespace = sandbox.stranger(name)
+        address = network.address_of(namespace)
+        with _group_opened(sandbox, address), _ufw_opened(sandbox, address):
+            yield namespace
+    finally:
+        network.remove_stranger(sandbox.plan, name)
+
+
+def _client(keys: Keyring, leaf: Leaf | None, user: str = "", password: str = "") -> Client:
+    certificate, key = (leaf.certificate, leaf.key) if leaf else ("", "")
+    ca = keys.authority.certificate
+    return Client(certificate=certificate, key=key, user=user, password=password, ca=ca)
+
+
+def _own_client(keys: Keyring, server: str) -> Client:
+    """A server's Prometheus towards itself and its node_exporter."""
+    name = _resource(server)
+    return _client(keys, keys.leaf(f"{name}-prometheus"), "local", keys.password(f"{name}-local"))
+
+
+def _resource(server: str) -> str:
+    """What the program calls a server of ours."""
+    return server if server == "master" else f"slave-{server}"
+
+
+def _fqdn(server: str) -> str:
+    return MASTER if server == "master" else SLAVE
+
+
+def _inside(sandbox: Sandbox, server: str) -> str:
+    """A server's own network namespace."""
+    return sandbox.plan.machine_netns(sandbox.machine(server))
+
+
+@contextmanager
+def _group_opened(sandbox: Sandbox, address: str) -> Iterator[None]:
+    """The slave's security group lets one more address in on 9095."""
+    fabric = sandbox.fabric
+    groups = fabric.model.attachments[sandbox.machine("dublin")].groups
+    assert groups
+    group = groups[0]
+    before = fabric.model.groups[group]
+    rule = network.Rule(protocol="tcp", peer=f"{address}/32", from_port=9095, to_port=9095)
+    opened = replace(before, ingress=(*before.ingress, rule))
+    try:
+        fabric.update(lambda model: replace(model, groups={**model.groups, group: opened}))
+        yield
+    finally:
+        fabric.update(lambda model: replace(model, groups={**model.groups, group: before}))
+
+
+@contextmanager
+def _ufw_opened(sandbox: Sandbox, address: str) -> Iterator[None]:
+    """ufw on the slave lets one more address in on 9095. Its files are the bundle's and stay."""
+    rule = ("ufw-user-input", "-s", f"{address}/32", "-p", "tcp", "--dport", "9095", "-j", "ACCEPT")
+    sandbox.inside("dublin", "iptables", "-I", *rule)
+    try:
+        yield
+    finally:
+        sandbox.inside("dublin", "iptables", "-D", *rule)
+
+
+@contextmanager
+def _ufw_stopped(sandbox: Sandbox, server: str) -> Iterator[None]:
+    sandbox.inside(server, "systemctl", "stop", "ufw.service")
+    try:
+        yield
+    finally:
+        sandbox.inside(server, "systemctl", "start", "ufw.service")
+
+
+def _kernel_rules(sandbox: Sandbox, server: str) -> list[str]:
+    saved = sandbox.inside(server, "iptables-save")
+    lines = re.sub(r"\[\d+:\d+\]", "", saved).splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def _accesses(sandbox: Sandbox, server: str, since: float, address: str) -> list[dict[str, Any]]:
+    """What nginx wrote down of one client since a moment."""
+    command = f"journalctl --quiet --output=cat --identifier=nginx_access --since=@{since:.3f}"
+    lines = sandbox.script(server, command).splitlines()
+    return [row for row in map(json.loads, lines) if row["client"] == address]
+
+
+# ---- lock 1 and 2: the two firewalls -----------------------------------------------------------
+
+
+def test_with_ufw_off_the_security_group_alone_keeps_a_stranger_out(
+    sandbox: Sandbox, outsider: str, federation: Door, master_client: Client
+) -> None:
+    before = _kernel_rules(sandbox, "dublin")
+    wanted = Request(door=federation, client=master_client, path=FEDERATE, timeout=1.5)
+    with _ufw_stopped(sandbox, "dublin"):
+        assert "-P INPUT ACCEPT" in sandbox.inside("dublin", "iptables", "-S", "INPUT")
+        assert ask(outsider, [wanted])[0].short == SILENCE
+        assert ask(_inside(sandbox, "master"), [wanted])[0].short == 200
+        # The group is what kept it out: with that open too, the stranger is in.
+        with _group_opened(sandbox, network.address_of(outsider)):
+            assert ask(outsider, [wanted])[0].short == 200
+    assert _kernel_rules(sandbox, "dublin") == before
+
+
+def test_with_the_security_group_open_ufw_alone_keeps_a_stranger_out(
+    sandbox: Sandbox, outsider: str, federation: Door, master_client: Client
+) -> None:
+    address = network.address_of(outsider)
+    wanted = Request(door=federation, client=master_client, path=FEDERATE, timeout=1.5)
+    with _group_opened(sandbox, address):
+        assert ask(outsider, [wanted])[0].short == SILENCE
+        with _ufw_opened(sandbox, address):
+            answer = ask(outsider, [wanted])[0]
+    assert answer.short == 200
+    assert "up{" in answer.body
+
+
+def test_a_stranger_gets_no_answer_from_any_port_of_either_server(
+    sandbox: Sandbox, outsider: str
+) -> None:
+    servers = [sandbox.public_ip("master"), sandbox.public_ip("dublin")]
+    doors = [(server, port) for server in servers for port in (22, 80, 443, 9090, 9095, 9100)]
+    internet = (sandbox.plan.inet_ip, 53)
+    found = knock(outsider, [*doors, internet])
+    # It is on the internet: others answer it.
+    assert found.pop(internet) == OPEN
+    assert found == dict.fromkeys(doors, SILENCE)
+
+
+def test_an_operator_reaches_ssh_and_the_page_and_no_exporter(sandbox: Sandbox) -> None:
+    master, slave = sandbox.public_ip("master"), sandbox.public_ip("dublin")
+    ports = (22, 80, 443, 9090, 9095, 9100)
+    doors = [(server, port) for server in (master, slave) for port in ports]
+    found = knock(None, doors)
+    assert {door for door in doors if found[door] == OPEN} == {
+        (master, 22),
+        (master, 443),
+        (slave, 22),
+    }
+    assert {found[door] for door in doors} == {OPEN, SILENCE}
+
+
+def test_a_monitored_host_is_reached_by_its_slave_and_by_nobody_outside(
+    sandbox: Sandbox, outsider: str
+) -> None:
+    core = (sandbox.fabric.model.attachments["core01"].private_ip, 9100)
+    namespaces = [_inside(sandbox, "dublin"), _inside(sandbox, "master"), outsider]
+    with ThreadPoolExecutor(len(namespaces)) as pool:
+        found = list(pool.map(lambda namespace: knock(namespace, [core])[core], namespaces))
+    assert found == [OPEN, SILENCE, SILENCE]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a firewall table, whoever wrote it."""
+
+    direction: str
+    protocol: str
+    port: int
+    cidr: str
+
+
+@pytest.mark.parametrize("server", ["master", "dublin"])
+def test_ufw_and_its_kernel_rules_equal_the_security_group(sandbox: Sandbox, server: str) -> None:
+    group = _group_rows(sandbox, server)
+    assert any(row.direction == "in" for row in group)
+    status = sandbox.inside(server, "ufw", "status", "verbose")
+    assert "Status: active" in status
+    assert "Default: deny (incoming), deny (outgoing), deny (routed)" in status
+    assert sorted(map(str, _ufw_rows(status))) == sorted(map(str, group))
+    assert sorted(map(str, _iptables_rows(sandbox, server))) == sorted(map(str, group))
+    # IPv6 is filtered too, and nothing is allowed on it.
+    version6 = sandbox.script(server, "ip6tables -S INPUT; ip6tables -S ufw6-user-input")
+    assert "-P INPUT DROP" in version6
+    assert "ACCEPT" not in version6
+
+
+def _group_rows(sandbox: Sandbox, server: str) -> list[Row]:
+    records = [record for record in sandbox.state.records.values() if record.custom]
+    (group,) = (
+        record.id
+        for record in records
+        if record.type == providers.SECURITY_GROUP and record.name == _resource(server)
+    )
+    directions = {providers.INGRESS_RULE: "in", providers.EGRESS_RULE: "out"}
+    rows = []
+    for record in records:
+        if record.type in directions and record.inputs["securityGroupId"] == group:
+            rule = record.inputs
+            assert rule["fromPort"] == rule["toPort"]
+            direction = directions[record.type]
+            rows.append(Row(direction, rule["ipProtocol"], rule["fromPort"], rule["cidrIpv4"]))
+    return rows
+
+
+def _ufw_rows(status: str) -> list[Row]:
+    """The table of `ufw status verbose`: To, Action, From, comment."""
+    rows = []
+    for line in status.partition("--\n")[2].splitlines():
+        if not line.strip():
+            continue
+        columns = re.fullmatch(r"(.+?)\s{2,}(ALLOW) (IN|OUT)\s{2,}(.+?)(\s{2,}#.*)?", line.rstrip())
+        assert columns, line
+        to, _, direction, peer, _ = columns.groups()
+        address, _, service = to.rpartition(" ")
+        port, _, protocol = service.partition("/")
+        # A rule is about the peer: for what goes out that is in the column To.
+        near, far = (address, peer) if direction == "IN" else (peer, address)
+        assert near in ("", "Anywhere"), line
+        cidr = "0.0.0.0/0" if far in ("", "Anywhere") else far
+        cidr = cidr if "/" in cidr else f"{cidr}/32"
+        rows.append(Row(direction.lower(), protocol, int(port), cidr))
+    return rows
+
+
+def _iptables_rows(sandbox: Sandbox, server: str) -> list[Row]:
+    """What the kernel really has."""
+    rows = []
+    for direction, chain, side in (("in", "input", "-s"), ("out", "output", "-d")):
+        for line in sandbox.inside(server, "iptables", "-S", f"ufw-user-{chain}").splitlines():
+            words = line.split()
+            if words[0] == "-N":
+                continue
+            said = dict(zip(words[::2], words[1::2], strict=True))
+            assert said.pop("-A") == f"ufw-user-{chain}"
+            assert said.pop("-j") == "ACCEPT"
+            assert said.pop("-m") == said["-p"]
+            rows.append(
+                Row(
+                    direction,
+                    said.pop("-p"),
+                    int(said.pop("--dport")),
+                    said.pop(side, "0.0.0.0/0"),
+                )
+            )
+            assert not said, line
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("server", "door"),
+    [("master", ("0.0.0.0", 443)), ("dublin", ("0.0.0.0", 9095))],  # noqa: S104
+)
+def test_nothing_listens_but_what_must(
+    sandbox: Sandbox, server: str, door: tuple[str, int]
+) -> None:
+    found = set()
+    for line in sandbox.inside(server, "ss", "-Hltnup").splitlines():
+        protocol, _, _, _, local, _, users = line.split(None, 6)
+        address, _, port = local.rpartition(":")
+        found.add((protocol, address, int(port), *set(re.findall(r'\("([^"]+)"', users))))
+    assert found == {
+        ("tcp", "0.0.0.0", 22, "sshd"),  # noqa: S104
+        ("tcp", "[::]", 22, "sshd"),
+        ("tcp", *door, "nginx"),
+        ("tcp", "127.0.0.1", 9090, "prometheus"),
+        ("tcp", "127.0.0.1", 9100, "node_exporter"),
+    }
+
+
+# ---- lock 3: the master's certificate ----------------------------------------------------------
+
+
+def test_without_a_certificate_the_handshake_fails(
+    insider: str, federation: Door, master_client: Client
+) -> None:
+    bare = master_client.but(certificate="", key="")
+    for version, alert in (
+        ("1.2", "TLS: SSLV3_ALERT_HANDSHAKE_FAILURE"),
+        ("1.3", "TLS: TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+    ):
+        wanted = Request(door=federation, client=master_client, path=FEDERATE, tls=version)
+        with_it, without = ask(insider, [wanted, replace(wanted, client=bare)])
+        assert with_it.short == 200
+        assert without.short == alert
+
+
+def test_only_the_masters_own_valid_certificate_is_let_in(
+    insider: str, federation: Door, master_client: Client, keys: Keyring
+) -> None:
+    ours = keys.authority
+    good = {
+        "the master's": keys.leaf("master-prometheus"),
+        # What the forged ones below differ from in one point each.
+        "one that our CA signs for the master": issue(MASTER, ours),
+    }
+    bad = {
+        "another CA's for the master": (400, issue(MASTER, forge_authority())),
+        "self-signed for the master": (400, issue(MASTER, None)),
+        "expired": (400, issue(MASTER, ours, starts=-2 * DAY, ends=-DAY / 24)),
+        "not valid yet": (400, issue(MASTER, ours, starts=DAY / 24, ends=DAY)),
+        # The master's name, but for servers alone.
+        "the master's nginx's": (400, keys.leaf("master-nginx")),
+        "the slave's": (403, keys.leaf("slave-dublin-prometheus")),
+        "a longer name": (403, issue(f"{MASTER}.example.org", ours)),
+        "a shorter name": (403, issue(MASTER.removeprefix("prometheus-"), ours)),
+        "the dots stand for themselves": (403, issue(MASTER.replace(".", "x", 1), ours)),
+        "the name in a name": (403, issue(f"x,CN={MASTER}", ours)),
+        "the name is an alternative only": (403, issue("other.example.com", ours, names=[MASTER])),
+    }
+    leaves = [*good.values(), *(leaf for _, leaf in bad.values())]
+    requests = [
+        Request(
+            door=federation,
+            client=master_client.but(certificate=leaf.certificate, key=leaf.key),
+            path=FEDERATE,
+            tls=version,
+        )
+        for leaf in leaves
+        for version in ("1.2", "1.3")
+    ]
+    answers = ask(insider, requests, pause=PACE_SECONDS)
+    found = {
+        name: (answers[2 * number].short, answers[2 * number + 1].short)
+        for number, name in enumerate([*good, *bad])
+    }
+    expected = dict.fromkeys(good, 200) | {name: status for name, (status, _) in bad.items()}
+    assert found == {name: (status, status) for name, status in expected.items()}
+    for answer in answers[2 * len(good) :]:
+        assert "up{" not in answer.body
+
+
+# ---- lock 4: the rate limit --------------------------------------------------------------------
+
+
+def test_a_burst_is_cut_off_and_soon_forgotten_and_the_master_does_not_notice(
+    sandbox: Sandbox, insider: str, federation: Door, master_client: Client
+) -> None:
+    right = Request(door=federation, client=master_client, path=FEDERATE)
+    guess = replace(right, client=master_client.but(password="x" * 48))
+    for wanted, status in ((right, 200), (guess, 401)):
+        began = time.monotonic()
+        answers = [answer.short for answer in ask(insider, [wanted] * 80)]
+        seconds = time.monotonic() - began
+        # Each address has a measure of its own.
+        assert ask(_inside(sandbox, "master"), [right])[0].short == 200
+        assert set(answers) == {status, 429}
+        # 20 at once, then ten a second.
+        assert answers[:20] == [status] * 20
+        assert answers.count(status) <= 21 + 10 * seconds + 1
+        # A burst of 20 is paid off after two seconds.
+        time.sleep(2.1)
+        assert ask(insider, [right])[0].short == 200
+
+
+# ---- lock 5: the password ----------------------------------------------------------------------
+
+
+def test_with_the_certificate_alone_nobody_is_let_in(
+    sandbox: Sandbox, insider: str, federation: Door, master_client: Client, keys: Keyring
+) -> None:
+    others = {
+        "no password": master_client.but(user="", password=""),
+        "an empty one": master_client.but(password=""),
+        "a wrong one": master_client.but(password="x" * 48),
+        "all but its last letter": master_client.but(password=master_client.password[:-1]),
+        "the page's": master_client.but(password=sandbox.outputs["masterPassword"]),
+        "an unknown user": master_client.but(user="nobody"),
+        "the slave's own user": master_client.but(
+            user="local", password=keys.password("slave-dublin-local")
+        ),
+    }
+    requests = [
+        Request(door=federation, client=client, path=FEDERATE)
+        for client in (master_client, *others.values())
+    ]
+    first, *answers = ask(insider, requests, pause=PACE_SECONDS)
+    assert first.short == 200
+    found = {name: answer.short for name, answer in zip(others, answers, strict=True)}
+    assert found == dict.fromkeys(others, 401)
+    for answer in answers:
+        assert "up{" not in answer.body
+
+
+# ---- lock 6: the paths -------------------------------------------------------------------------
+
+
+def test_with_every_key_nothing_is_open_but_federate(
+    sandbox: Sandbox, insider: str, federation: Door, master_client: Client
+) -> None:
+    allowed = [("GET", FEDERATE), ("GET", "/federate?match[]=up&x=%2e%2e/")]
+    refused = [
+        ("GET", "/"),
+        ("GET", "/metrics"),
+        ("GET", "/query"),
+        ("GET", "/api/v1/query?query=up"),
+        ("POST", "/api/v1/query?query=up"),
+        ("GET", "/api/v1/status/config"),
+        ("GET", "/api/v1/targets"),
+        ("GET", "/debug/pprof/heap"),
+        ("GET", "/-/ready"),
+        ("POST", "/-/reload"),
+        ("PUT", "/-/reload"),
+        ("POST", "/-/quit"),
+        ("POST", "/api/v1/admin/tsdb/snapshot"),
+        ("POST", "/api/v1/admin/tsdb/delete_series?match[]=up"),
+        ("POST", "/api/v1/write"),
+        ("POST", FEDERATE),
+        ("PUT", FEDERATE),
+        ("DELETE", FEDERATE),
+        ("PATCH", FEDERATE),
+        ("OPTIONS", FEDERATE),
+        ("GET", "/federate/"),
+        ("GET", "//federate"),
+        ("GET", "/./federate"),
+        ("GET", "/%66ederate"),
+        ("GET", "/Federate"),
+        ("GET", "/federate%00"),
+        ("GET", "/federate;/../metrics"),
+        ("GET", "/federate/../metrics"),
+        ("GET", "/federate/../api/v1/query?query=up"),
+        ("GET", "/federate/%2e%2e/metrics"),
+        ("GET", "/federate%2f..%2fmetrics"),
+        ("GET", "/federate%3fx/../metrics"),
+        ("GET", "/x/../federate"),
+    ]
+    started = sandbox.start_times()
+    since = time.time()
+    requests = [
+        Request(door=federation, client=master_client, path=path, method=method)
+        for method, path in [*allowed, *refused]
+    ]
+    answers = ask(insider, requests, pause=PACE_SECONDS)
+    found = {
+        (request.method, request.path): answer.short
+        for request, answer in zip(requests, answers, strict=True)
+    }
+    assert {key: found[key] for key in allowed} == dict.fromkeys(allowed, 200)
+    # 400: nginx takes a null byte for no request at all.
+    unlike = {("GET", "/federate%00"): 400}
+    assert {key: found[key] for key in refused} == dict.fromkeys(refused, 403) | unlike
+    _assert_upstream_saw(sandbox, "dublin", since, insider, requests, answers, len(allowed))
+    assert sandbox.start_times() == started
+
+
+def test_head_on_federate_gets_nothing(
+    insider: str, federation: Door, master_client: Client
+) -> None:
+    # nginx counts HEAD as GET; it is Prometheus that knows none.
+    head = Request(door=federation, client=master_client, path=FEDERATE, method="HEAD")
+    answer, whole = ask(insider, [head, replace(head, method="GET")])
+    assert (answer.short, answer.body) == (405, "")
+    assert (whole.short, bool(whole.body)) == (200, True)
+
+
+def _assert_upstream_saw(
+    sandbox: Sandbox,
+    server: str,
+    since: float,
+    namespace: str | None,
+    requests: Sequence[Request],
+    answers: Sequence[Answer],
+    first: int,
+) -> None:
+    """Fails unless Prometheus was asked for the first so many requests, and for no other."""
+    address = network.address_of(namespace) if namespace else sandbox.plan.operator_ip
+    rows = host.wait_until(
+        lambda: (
+            found
+            if len(found := _accesses(sandbox, server, since, address)) >= len(requests)
+            else None
+        ),
+        seconds=5,
+    )
+    assert rows, "nginx did not write down every request"
+    assert [row["status"] for row in rows] == [answer.status for answer in answers]
+    asked = [row["upstream_status"] != "" for row in rows]
+    assert asked == [True] * first + [False] * (len(requests) - first)
+
+
+# ---- lock 7: Prometheus's own TLS and passwords, on loopback -----------------------------------
+
+EVERY_PATH = [
+    ("GET", "/"),
+    ("GET", "/query"),
+    ("GET", "/graph"),
+    ("GET", "/assets/index.js"),
+    ("GET", "/metrics"),
+    ("GET", FEDERATE),
+    ("GET", "/api/v1/query?query=up"),
+    ("GET", "/api/v1/status/config"),
+    ("POST", "/api/v1/admin/tsdb/snapshot"),
+    ("POST", "/api/v1/write"),
+    ("GET", "/-/healthy"),
+    ("GET", "/-/ready"),
+    ("POST", "/-/reload"),
+    ("POST", "/-/quit"),
+    ("GET", "/debug/pprof/heap"),
+    ("GET", "/nowhere"),
+]
+NO_TLS = "Client sent an HTTP request to an HTTPS server"
+
+
+@pytest.mark.parametrize("server", ["master", "dublin"])
+def test_on_loopback_prometheus_answers_nobody_without_password(
+    sandbox: Sandbox, keys: Keyring, server: str
+) -> None:
+    door = Door(address="127.0.0.1", port=9090, name=_fqdn(server))
+    local = _own_client(keys, server)
+    anonymous = local.but(certificate="", key="", user="", password="")
+    started = sandbox.start_times()
+    requests = [
+        *(Request(door=door, client=anonymous, method=m, path=p) for m, p in EVERY_PATH),
+        Request(door=door, client=local.but(user="", password=""), path="/metrics"),
+        Request(door=door, client=local.but(password="x" * 48), path="/metrics"),
+        Request(door=door, client=local.but(user="nobody"), path="/metrics"),
+    ]
+    answers = ask(_inside(sandbox, server), requests)
+    found = {(r.method, r.path): a.short for r, a in zip(requests, answers, strict=True)}
+    assert found == {(r.method, r.path): 401 for r in requests}
+    assert {answer.body for answer in answers} == {"Unauthorized\n"}
+    plain = Request(door=replace(door, name=""), client=local, path="/metrics")
+    with_password = Request(door=door, client=local, path="/metrics")
+    without_tls, known = ask(_inside(sandbox, server), [plain, with_password])
+    assert (without_tls.short, NO_TLS in without_tls.body) == (400, True)
+    assert (known.short, "prometheus_build_info" in known.body) == (200, True)
+    assert sandbox.start_times() == started
+
+
+@pytest.mark.parametrize("server", ["master", "dublin"])
+def test_node_exporter_answers_nobody_without_its_hosts_certificate_and_password(
+    sandbox: Sandbox, keys: Keyring, server: str
+) -> None:
+    name, other = _resource(server), "slave-dublin" if server == "master" else "master"
+    door = Door(address="127.0.0.1", port=9100, name=_fqdn(server))
+    local = _own_client(keys, server)
+    ours = keys.authority
+    strangers = {
+        "none": Leaf(certificate="", key=""),
+        "another host's of our CA": keys.leaf(f"{other}-prometheus"),
+        "for servers alone": keys.leaf(f"{name}-node-exporter"),
+        "another CA's": issue(_fqdn(server), forge_authority()),
+        "expired": issue(_fqdn(server), ours, starts=-2 * DAY, ends=-DAY / 24),
+        "the name in the subject only": issue(_fqdn(server), ours, names=["other.example.com"]),
+    }
+    requests = [
+        Request(
+            door=door,
+            client=local.but(certificate=leaf.certificate, key=leaf.key),
+            path="/metrics",
+            tls=version,
+        )
+        for leaf in strangers.values()
+        for version in ("1.2", "1.3")
+    ]
+    answers = ask(_inside(sandbox, server), requests)
+    found = {name: answers[2 * n : 2 * n + 2] for n, name in enumerate(strangers)}
+    for name, both in found.items():
+        for answer in both:
+            # Refused in the handshake, before HTTP.
+            assert (answer.status, answer.why[:5]) == (0, "TLS: "), (name, answer)
+    requests = [
+        Request(door=door, client=local, path="/metrics"),
+        Request(door=door, client=local.but(user="", password=""), path="/metrics"),
+        Request(door=door, client=local.but(password="x" * 48), path="/metrics"),
+        Request(door=door, client=local.but(user="nobody"), path="/metrics"),
+        Request(door=replace(door, name=""), client=local, path="/metrics"),
+    ]
+    known, *refused, plain = ask(_inside(sandbox, server), requests)
+    assert (known.short, "node_exporter_build_info" in known.body) == (200, True)
+    assert [answer.short for answer in refused] == [401, 401, 401]
+    assert (plain.short, NO_TLS in plain.body) == (400, True)
+
+
+# ---- the master's page -------------------------------------------------------------------------
+
+
+def test_the_masters_page_asks_for_a_password(
+    sandbox: Sandbox, page: Door, page_client: Client
+) -> None:
+    paths = ["/api/v1/query?query=up", "/query", "/targets", "/-/ready", "/assets/index.js"]
+    clients = [
+        page_client.but(user="", password=""),
+        page_client.but(password="x" * 48),
+        page_client.but(password=sandbox.outputs["federationPasswords"]["dublin"]),
+        page_client.but(user="nobody"),
+    ]
+    requests = [
+        *(Request(door=page, client=clients[0], path=path) for path in paths),
+        *(Request(door=page, client=client, path=paths[0]) for client in clients[1:]),
+        Request(door=page, client=page_client, path=paths[0]),
+        Request(door=replace(page, name=""), client=page_client, path=paths[0]),
+    ]
+    *refused, known, plain = ask(None, requests, pause=PACE_SECONDS)
+    assert [answer.short for answer in refused] == [401] * len(refused)
+    assert known.short == 200
+    # nginx's answer to plain http on a TLS port.
+    assert (plain.short, "The plain HTTP request was sent to HTTPS port" in plain.body) == (
+        400,
+        True,
+    )
+
+
+def test_the_masters_page_lets_people_read_and_nobody_write(
+    sandbox: Sandbox, page: Door, page_client: Client, keys: Keyring
+) -> None:
+    data = [
+        ("GET", "/api/v1/query?query=up"),
+        ("POST", "/api/v1/query?query=up"),
+        ("GET", "/api/v1/targets"),
+        ("GET", "/api/v1/label/job/values"),
+        ("GET", "/-/ready"),
+    ]
+    # As Prometheus itself answers them: Debian's builds, which the sandbox may run, have no pages.
+    pages = [("GET", "/"), ("GET", "/query"), ("GET", "/targets"), ("GET", "/assets/index.js")]
+    allowed = [*data, *pages]
+    refused = [
+        ("GET", "/federate?match[]=up"),
+        ("GET", "/metrics"),
+        ("GET", "/config"),
+        ("GET", "/flags"),
+        ("GET", "/api/v1/status/config"),
+        ("GET", "/api/v1/status/flags"),
+        ("GET", "/debug/pprof/heap"),
+        ("GET", "/debug/pprof/cmdline"),
+        ("POST", "/-/reload"),
+        ("PUT", "/-/quit"),
+        ("POST", "/-/quit"),
+        ("POST", "/api/v1/admin/tsdb/snapshot"),
+        ("PUT", "/api/v1/admin/tsdb/clean_tombstones"),
+        ("POST", "/api/v1/write"),
+        ("POST", "/api/v1/read"),
+        ("POST", "/api/v1/otlp/v1/metrics"),
+        ("PUT", "/api/v1/query?query=up"),
+        ("DELETE", "/api/v1/series?match[]=up"),
+        ("POST", "/query"),
+        ("POST", "/-/ready"),
+        ("POST", "/-/%72eload"),
+        ("POST", "//-/reload"),
+        ("GET", "/query/../federate"),
+        ("GET", "/api/v1/query/../status/config"),
+        ("GET", "/assets/..%2fmetrics"),
+        ("GET", "/api/v1/label/..%2f..%2f..%2fmetrics/values"),
+    ]
+    started = sandbox.start_times()
+    since = time.time()
+    requests = [
+        Request(door=page, client=page_client, method=method, path=path)
+        for method, path in [*allowed, *refused]
+    ]
+    answers = ask(None, requests, pause=PACE_SECONDS)
+    found = {
+        (request.method, request.path): answer.short
+        for request, answer in zip(requests, answers, strict=True)
+    }
+    behind = Door(address="127.0.0.1", port=9090, name=MASTER)
+    local = _own_client(keys, "master")
+    own = ask(
+        _inside(sandbox, "master"),
+        [Request(door=behind, client=local, method=method, path=path) for method, path in pages],
+    )
+    assert {key: found[key] for key in data} == dict.fromkeys(data, 200)
+    assert [found[key] for key in pages] == [answer.short for answer in own]
+    assert {key: found[key] for key in refused} == dict.fromkeys(refused, 403)
+    _assert_upstream_saw(sandbox, "master", since, None, requests, answers, len(allowed))
+    assert sandbox.start_times() == started
+
+
+# ---- TLS of every listener ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """A TLS listener of ours, and how openssl gets to it."""
+
+    namespace: str | None
+    door: Door
+    resource: str
+    folder: Path
+    also: str
+
+    def connect(self, *more: str) -> subprocess.CompletedProcess[str]:
+        """`openssl s_client`, which ends as soon as it is connected."""
+        where = ["nsenter", f"--net={NETNS_DIR / self.namespace}"] if self.namespace else []
+        argv = [*where, "openssl", "s_client", "-brief"]
+        argv += ["-connect", f"{self.door.address}:{self.door.port}"]
+        argv += ["-servername", self.door.name, "-CAfile", str(self.folder / "ca")]
+        argv += ["-cert", str(self.folder / "certificate"), "-key", str(self.folder / "key")]
+        return subprocess.run(
+            [*argv, *more],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={"PATH": "/usr/bin:/bin", "OPENSSL_CONF": "/dev/null"},
+            timeout=20,
+            check=False,
+        )
+
+
+LISTENERS = {
+    "9095 of the slave": ("dublin", 9095, "nginx"),
+    "443 of the master": ("master", 443, "nginx"),
+    "Prometheus of the slave": ("dublin", 9090, "prometheus"),
+    "Prometheus of the master": ("master", 9090, "prometheus"),
+    "node_exporter of the slave": ("dublin", 9100, "node-exporter"),
+    "node_exporter of the master": ("master", 9100, "node-exporter"),
+}
+
+
+@pytest.fixture
+def listener(
+    request: pytest.FixtureRequest, sandbox: Sandbox, keys: Keyring, tmp_path: Path
+) -> Iterator[Listener]:
+    """One of LISTENERS, with the client certificate that it asks for."""
+    server, port, program = LISTENERS[request.param]
+    public = port in (443, 9095)
+    address = sandbox.public_ip(server) if public else "127.0.0.1"
+    namespace = _inside(sandbox, "master" if port == 9095 else server)
+    client = "master" if port == 9095 else _resource(server)
+    files = _files(tmp_path, keys.leaf(f"{client}-prometheus"), keys.authority.certificate)
+    yield Listener(
+        namespace=None if port == 443 else namespace,
+        door=Door(address=address, port=port, name=_fqdn(server)),
+        resource=f"{_resource(server)}-{program}",
+        folder=tmp_path,
+        also=address,
+    )
+    for file in files:
+        file.unlink()
+
+
+def _files(folder: Path, leaf: Leaf, ca: str) -> list[Path]:
+    contents = {"certificate": leaf.certificate, "key": leaf.key, "ca": ca}
+    for name, content in contents.items():
+        (folder / name).touch(mode=0o600)
+        (folder / name).write_text(content)
+    return [folder / name for name in contents]
+
+
+def _ciphers(version: str) -> list[str]:
+    """Every suite that this machine's openssl can offer in a version of TLS."""
+    argv = ["openssl", "ciphers", "-s", f"-{version}", "ALL:COMPLEMENTOFALL:@SECLEVEL=0"]
+    env = {"PATH": "/usr/bin:/bin", "OPENSSL_CONF": "/dev/null"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, check=True)
+    return done.stdout.strip().split(":")
+
+
+def _accepted(listener: Listener, version: str) -> set[str]:
+    """Every suite that a listener takes: what it chooses is no longer offered, until it refuses."""
+    if version == "tls1_3":
+        left = sorted({*SUITES_1_3, "TLS_AES_128_CCM_SHA256", "TLS_AES_128_CCM_8_SHA256"})
+    else:
+        left = _ciphers(version)
+    found: set[str] = set()
+    while left:
+        offer = ["-ciphersuites", ":".join(left)] if version == "tls1_3" else ["-cipher"]
+        if version != "tls1_3":
+            offer += [f"{':'.join(left)}:@SECLEVEL=0"]
+        done = listener.connect(f"-{version}", *offer)
+        chosen = re.search(r"^Ciphersuite: (\S+)", done.stderr, re.MULTILINE)
+        if not chosen:
+            # Refused by the other side, which was there; not by our own openssl.
+            assert re.search(r"alert (handshake failure|protocol version)", done.stderr), done
+            return found
+        found.add(chosen[1])
+        left.remove(chosen[1])
+    return found
+
+
+@pytest.mark.parametrize("listener", LISTENERS, indirect=True)
+def test_no_listener_speaks_old_tls_or_another_suite(listener: Listener) -> None:
+    assert _accepted(listener, "tls1") == set()
+    assert _accepted(listener, "tls1_1") == set()
+    assert _accepted(listener, "tls1_2") == SUITES_1_2
+    assert _accepted(listener, "tls1_3") == SUITES_1_3
+
+
+def test_the_scan_would_see_old_tls_and_weak_suites(
+    outsider: str, keys: Keyring, tmp_path: Path
+) -> None:
+    leaf = issue(SLAVE, keys.authority)
+    _files(tmp_path, leaf, keys.authority.certificate)
+    argv = ["nsenter", f"--net={NETNS_DIR / outsider}", "openssl", "s_server", "-quiet"]
+    argv += ["-accept", "127.0.0.1:4433", "-cipher", "ALL:COMPLEMENTOFALL:@SECLEVEL=0"]
+    argv += ["-cert", str(tmp_path / "certificate"), "-key", str(tmp_path / "key")]
+    careless = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin", "OPENSSL_CONF": "/dev/null"},
+    )
+    try:
+        door = Door(address="127.0.0.1", port=4433, name=SLAVE)
+        assert host.wait_until(
+            lambda: (
+                knock(outsider, [(door.address, door.port)], seconds=1)[door.address, door.port]
+                == OPEN
+            ),
+            seconds=5,
+        )
+        listener = Listener(
+            namespace=outsider, door=door, resource="", folder=tmp_path, also=door.address
+        )
+        assert "ECDHE-ECDSA-AES128-SHA" in _accepted(listener, "tls1")
+        assert "ECDHE-ECDSA-AES128-SHA" in _accepted(listener, "tls1_1")
+        assert {*SUITES_1_2, "ECDHE-ECDSA-AES128-CCM8", "ECDHE-ECDSA-NULL-SHA"} <= _accepted(
+            listener, "tls1_2"
+        )
+    finally:
+        careless.kill()
+        careless.wait()
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize("listener", LISTENERS, indirect=True)
+def test_each_listeners_certificate_verifies_with_its_names_and_no_other(
+    listener: Listener, keys: Keyring, tmp_path: Path
+) -> None:
+    strict = ["-verify_return_error", "-verify", "1"]
+    by_name = listener.connect(*strict, "-verify_hostname", listener.door.name)
+    assert "Verification: OK" in by_name.stderr, by_name
+    assert f"Verified peername: {listener.door.name}" in by_name.stderr
+    by_address = listener.connect(*strict, "-verify_ip", listener.also)
+    assert "Verification: OK" in by_address.stderr, by_address
+    wrong = listener.connect(*strict, "-verify_hostname", "other.example.com")
+    assert "hostname mismatch" in wrong.stderr.lower(), wrong
+    assert wrong.returncode != 0
+    (tmp_path / "ca").write_text(forge_authority().certificate)
+    forged = listener.connect(*strict, "-verify_hostname", listener.door.name)
+    assert "certificate verify failed" in forged.stderr, forged
+    assert forged.returncode != 0

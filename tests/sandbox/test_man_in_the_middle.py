@@ -1,0 +1,233 @@
+"""Somebody on the internet takes the way to the slave over: the master tells him nothing.
+
+The internet's route to the slave's address is led to a machine of an attacker, who has that address
+and listens on 9095. What the master's Prometheus then tells him is all that he can get.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import attacker
+import pytest
+from conftest import Sandbox
+from keyring import DAY, Keyring, forge_authority, issue
+
+from hostfiles.model import Leaf
+from sandbox import host, network
+from sandbox.host import run
+from sandbox.plan import NETNS_DIR
+
+MASTER = "prometheus-master.example.com"
+SLAVE = "prometheus-slave.example.com"
+INTERVAL_SECONDS = 15
+FEDERATE_JOB = "/etc/prometheus/federate.d/dublin.yml"
+THIEF = "thief"
+NO_CERTIFICATE = Leaf(certificate="", key="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caught:
+    """One connection to the attacker: its bytes, what he could read, why TLS failed."""
+
+    raw: str
+    heard: str
+    alert: str
+
+
+@pytest.fixture(scope="module")
+def keys(sandbox: Sandbox) -> Keyring:
+    return Keyring(sandbox.state)
+
+
+@pytest.fixture
+def thief(sandbox: Sandbox) -> Iterator[str]:
+    """The namespace to which the internet leads the slave's address, while the test runs."""
+    inet, address = sandbox.plan.inet_netns, sandbox.public_ip("dublin")
+    before = run(["ip", "-netns", inet, "-4", "route", "show", address]).stdout.split()
+    assert before[0] == address
+    try:
+        namespace = sandbox.stranger(THIEF)
+        run(["ip", "-netns", namespace, "address", "add", f"{address}/32", "dev", "lo"])
+        via = ["via", network.address_of(namespace), "dev", sandbox.plan.link("s", THIEF)]
+        run(["ip", "-netns", inet, "route", "replace", f"{address}/32", *via, "onlink"])
+        yield namespace
+    finally:
+        run(["ip", "-netns", inet, "route", "replace", *before])
+        network.remove_stranger(sandbox.plan, THIEF)
+
+
+@pytest.fixture(scope="module")
+def hurried(sandbox: Sandbox) -> Iterator[None]:
+    """Has the master federate every second; all else of its job stays as it was delivered."""
+    # Not beside the file: whoever kills the test shall leave nothing that Prometheus reads.
+    kept = "/run/federate-job-before-the-test.yml"
+    reload = f"cp -p {kept} $(readlink -f {FEDERATE_JOB}); systemctl reload prometheus.service"
+    sandbox.script(
+        "master",
+        f"set -e; cp -p {FEDERATE_JOB} {kept}; file=$(readlink -f {FEDERATE_JOB});"
+        r"sed -i -E 's/^( *scrape_(interval|timeout)): .*/\1: 1s/' $file;"
+        "systemctl reload prometheus.service",
+    )
+    try:
+        assert _target(sandbox)["scrapeInterval"] == "1s"
+        yield
+    finally:
+        sandbox.script("master", f"set -e; {reload}; rm {kept}")
+        assert _target(sandbox)["scrapeInterval"] == f"{INTERVAL_SECONDS}s"
+
+
+def _target(sandbox: Sandbox) -> dict[str, Any]:
+    """The federate job's target, by the master's own word."""
+    (found,) = (
+        target
+        for target in sandbox.master.get("targets")["activeTargets"]
+        if target["labels"]["job"] == "federate"
+    )
+    return found
+
+
+@contextmanager
+def _attack(sandbox: Sandbox, namespace: str, leaf: Leaf) -> Iterator[Iterator[Caught]]:
+    """The attacker's server; what it catches, as it comes."""
+    process = subprocess.Popen(
+        ["nsenter", f"--net={NETNS_DIR / namespace}", sys.executable, attacker.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    lines = process.stdout
+    try:
+        order = {"address": sandbox.public_ip("dublin"), "port": 9095}
+        order |= {"certificate": leaf.certificate, "key": leaf.key}
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        assert json.loads(lines.readline()) == {"listening": True}
+        # Ends when the process does, which is a minute from now at the latest.
+        yield (Caught(**json.loads(line)) for line in lines)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _password(sandbox: Sandbox) -> str:
+    return sandbox.outputs["federationPasswords"]["dublin"]
+
+
+def _assert_learnt_nothing(sandbox: Sandbox, caught: Caught) -> None:
+    user = sandbox.outputs["slaves"]["dublin"]["federationUser"]
+    pair = base64.b64encode(f"{user}:{_password(sandbox)}".encode()).decode()
+    # He saw a connection, and it began with TLS.
+    assert caught.raw.startswith("\x16\x03")
+    assert caught.heard == ""
+    for secret in (_password(sandbox), pair, user, "Authorization", "GET ", "federate?"):
+        assert secret not in caught.raw
+
+
+def _failed_scrape(sandbox: Sandbox, since: float, seconds: float) -> str:
+    """Waits for a failed scrape and its record in `up`; returns Prometheus's error."""
+
+    def failed() -> str:
+        target = _target(sandbox)
+        (up,) = sandbox.query('up{job="federate"}')
+        stored = sandbox.query('timestamp(up{job="federate"})')[0].value
+        return target["lastError"] if up.value == 0 and stored > since else ""
+
+    error = host.wait_until(failed, seconds=seconds, step=0.2)
+    assert error, "no scrape failed"
+    return error
+
+
+def _wait_until_up(sandbox: Sandbox, since: float, seconds: float) -> None:
+    assert host.wait_until(
+        lambda: [
+            sample
+            for sample in sandbox.query('timestamp(up{job="federate"} == 1)')
+            if sample.value > since
+        ],
+        seconds=seconds,
+        step=0.2,
+    ), "the master does not federate again"
+
+
+def test_another_ca_with_the_same_names_gets_nothing_and_the_scrape_fails(
+    sandbox: Sandbox, keys: Keyring, thief: str
+) -> None:
+    # In the job's own rhythm, with nothing changed on the master.
+    began = time.time()
+    with _attack(sandbox, thief, issue(SLAVE, forge_authority())) as caught:
+        first = next(caught)
+        error = _failed_scrape(sandbox, began, 5)
+    assert time.time() - began < INTERVAL_SECONDS + 10
+    _assert_learnt_nothing(sandbox, first)
+    assert first.alert.endswith("ALERT_BAD_CERTIFICATE")
+    assert "x509: certificate signed by unknown authority" in error
+    # What it held of the site is stale at once.
+    assert sandbox.query('up{job="CoreSystems"}') == []
+
+
+@pytest.mark.usefixtures("hurried")
+def test_the_way_given_back_the_master_federates_again(sandbox: Sandbox) -> None:
+    _wait_until_up(sandbox, time.time(), 30)
+    assert len(sandbox.wait('up{job="CoreSystems"} == 1')) == 4
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_server_that_the_master_would_trust_does_get_the_password(
+    sandbox: Sandbox, keys: Keyring, thief: str
+) -> None:
+    # The attacker of the other tests, with a certificate that only the CA's key can make: what he
+    # hears now is what he would have heard there.
+    with _attack(sandbox, thief, issue(SLAVE, keys.authority)) as caught:
+        heard = next(one.heard for one in caught if one.heard)
+    head, *lines = heard.split("\r\n")
+    assert head.startswith("GET /federate?match%5B%5D=")
+    headers = dict(line.split(": ", 1) for line in lines if line)
+    user, _, password = (
+        base64.b64decode(headers["Authorization"].removeprefix("Basic ")).decode().partition(":")
+    )
+    assert user == sandbox.outputs["slaves"]["dublin"]["federationUser"]
+    assert password == _password(sandbox)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("self-signed", "x509: certificate signed by unknown authority"),
+        ("of another host of ours", f"x509: certificate is valid for {MASTER}, not {SLAVE}"),
+        ("expired", "x509: certificate has expired or is not yet valid"),
+        ("none", "server gave HTTP response to HTTPS client"),
+    ],
+)
+def test_whatever_else_the_man_in_the_middle_shows_he_gets_nothing(
+    sandbox: Sandbox, keys: Keyring, thief: str, kind: str, error: str
+) -> None:
+    shown = {
+        "self-signed": lambda: issue(SLAVE, None),
+        "of another host of ours": lambda: keys.leaf("master-nginx"),
+        "expired": lambda: issue(SLAVE, keys.authority, starts=-2 * DAY, ends=-DAY / 24),
+        "none": lambda: NO_CERTIFICATE,
+    }[kind]()
+    began = time.time()
+    with _attack(sandbox, thief, shown) as caught:
+        first = next(caught)
+        said = _failed_scrape(sandbox, began, 5)
+    _assert_learnt_nothing(sandbox, first)
+    assert error in said
+
+
+def test_afterwards_the_master_federates_as_before(sandbox: Sandbox) -> None:
+    target = _target(sandbox)
+    assert (target["scrapeInterval"], target["scrapeTimeout"]) == ("15s", "14s")
+    _wait_until_up(sandbox, time.time() - 1, INTERVAL_SECONDS + 10)
