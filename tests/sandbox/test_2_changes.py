@@ -224,6 +224,45 @@ def test_a_bundle_that_a_validator_refuses_leaves_the_old_one_serving(
     assert quick.inside("dublin", "readlink", "/opt/federation/current") == before
 
 
+def served_serial(sandbox: Sandbox, host: str, address: str) -> str:
+    """The serial number of the certificate that a listener of a server shows."""
+    return sandbox.script(
+        host,
+        f"openssl s_client -connect {address} </dev/null 2>/dev/null | openssl x509 -noout -serial",
+    )
+
+
+def test_a_new_certificate_is_in_use_without_a_restart_or_a_lost_scrape(quick: Sandbox) -> None:
+    # As if its last 30 days had begun: from then on a plain `up` renews it.
+    state = quick.state
+    for record in state.records.values():
+        if record.name in ("slave-dublin-nginx-certificate", "slave-dublin-prometheus-certificate"):
+            record.outputs["validityEndTime"] = "2026-01-01T00:00:00+00:00"
+    state.save()
+    listeners = ("127.0.0.1:9095", "127.0.0.1:9090")
+    before = [served_serial(quick, "dublin", address) for address in listeners]
+    with nothing_lost(quick):
+        printed = quick.up()
+        assert "2 replaced" in printed
+    after = [served_serial(quick, "dublin", address) for address in listeners]
+    assert all(before)
+    assert all(after)
+    assert not set(before) & set(after)
+
+
+def test_a_new_password_is_in_use_without_a_restart(quick: Sandbox) -> None:
+    slaves = quick.get("slaves")
+    slaves[0]["password"] = "a-password-of-the-user-s-own-choice"
+    quick.set(slaves=slaves)
+    before = quick.start_times()
+    quick.up()
+    # Slave and master change one after the other: overlap is a later issue's business.
+    quick.wait(f"{FEDERATE} == 1")
+    assert quick.start_times() == before
+    held = quick.inside("master", "cat", "/etc/prometheus/secrets/federate-dublin.password")
+    assert held.strip() == "a-password-of-the-user-s-own-choice"
+
+
 def test_an_instance_type_change_stops_and_starts_its_machine_and_keeps_the_data(
     quick: Sandbox,
 ) -> None:
@@ -267,7 +306,9 @@ def test_a_slave_that_is_taken_out_of_the_settings_is_gone(quick: Sandbox) -> No
         printed = quick.up()
         assert "delete Instance slave-osaka-" in printed
     assert not [m for m in machine.machines(quick.plan) if "osaka" in m]
-    quick.wait('absent(up{site="osaka"})')
+    # Its last samples stay to be seen for Prometheus's look-back of five minutes.
+    scraped = {target["scrapePool"] for target in quick.master.get("targets")["activeTargets"]}
+    assert scraped == {"prometheus", "node", "federate-dublin"}
 
 
 def test_a_machine_that_died_is_started_again_with_its_data(quick: Sandbox) -> None:
@@ -278,10 +319,7 @@ def test_a_machine_that_died_is_started_again_with_its_data(quick: Sandbox) -> N
     printed = quick.up()
     assert "1 started" in printed
     quick.wait(f"{FEDERATE} == 1")
-    kept = quick.script(
-        "dublin",
-        "curl -sK /etc/prometheus/secrets/loopback.curl "
-        "'https://localhost:9090/api/v1/query?query=count_over_time(up\\[1h\\])' || true",
-    )
     assert time.time() - since < 90
-    assert "result" in kept
+    # The log of before the death is still there, replayed and not made anew.
+    born = quick.script("dublin", "stat -c %W /data/wal/0*").split()
+    assert min(float(second) for second in born) < since

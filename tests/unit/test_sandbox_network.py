@@ -11,6 +11,7 @@ from sandbox.network import (
     NetworkModel,
     Rule,
     SecurityGroup,
+    check_forwarding,
     dns_servers,
     machine_link,
     read_model,
@@ -188,3 +189,11 @@ def test_name_servers_are_read_and_ipv6_left_out():
 def test_hosts_files_are_in_order():
     text = dns.render_hosts({"b.x": "192.0.2.2", "a.x": "192.0.2.1"})
     assert text == "192.0.2.1 a.x\n192.0.2.2 b.x\n"
+
+
+def test_a_firewall_that_forwards_nothing_is_refused_with_the_remedy() -> None:
+    docker = {"family": "ip", "table": "filter", "name": "FORWARD", "hook": "forward"}
+    check_forwarding([{**docker, "policy": "accept"}, {"name": "of no hook"}])
+    with pytest.raises(SandboxError, match="FORWARD") as refusal:
+        check_forwarding([{**docker, "policy": "drop"}])
+    assert "iptables -P FORWARD ACCEPT" in refusal.value.remedy
