@@ -411,6 +411,26 @@ def _mirror_addresses() -> list[str]:
     return sorted(found)
 
 
+def check_forwarding(chains: Iterable[Mapping[str, object]]) -> None:
+    """Refuse a machine whose own firewall forwards nothing, given `nft -j list chains`'s chains.
+
+    A packet must be accepted by every table: ours cannot open what another one drops.
+    """
+    for chain in chains:
+        if chain.get("hook") == "forward" and chain.get("policy") == "drop":
+            raise SandboxError(
+                f"This machine's firewall forwards nothing (chain {chain.get('name')} of table "
+                f"{chain.get('family')} {chain.get('table')} drops; Docker and ufw set that), so "
+                "the sandbox's machines could not fetch packages.",
+                "Allow it with `iptables -P FORWARD ACCEPT`, or use a virtual machine.",
+            )
+
+
+def _host_chains() -> list[Mapping[str, object]]:
+    listed = json.loads(run(["nft", "-j", "list", "chains"]).stdout)["nftables"]
+    return [row["chain"] for row in listed if "chain" in row]
+
+
 def _ensure_inet(plan: Plan, mtu: int, upstreams: Sequence[str]) -> bool:
     """Make the internet and this machine's link to it."""
     eips, services = plan.public_ranges
@@ -427,6 +447,7 @@ def _ensure_inet(plan: Plan, mtu: int, upstreams: Sequence[str]) -> bool:
     if not exists or not _routed(plan, _private(upstreams)):
         mirror_addresses = _mirror_addresses()
         check_ranges(plan, in_use=[*upstreams, *mirror_addresses])
+        check_forwarding(_host_chains())
         outside = _private([*upstreams, *mirror_addresses])
         _prepare_netns(plan.inet_netns, _INET_SYSCTL)
         run(["ip", "link", "del", plan.host_link], check=False)
