@@ -30,14 +30,14 @@ from sandbox.state import State
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "prometheus-federation"
 
-pytestmark = pytest.mark.machines
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder needs machines."""
+    """Everything in this folder needs machines; what shares a sandbox stays on one worker."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.machines)
+            group = "faults" if item.path.name == "test_3_faults.py" else "shared"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @dataclass(kw_only=True)
