@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 NAMESPACE = "prometheus-federation"
 
 
+# First: xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder needs machines; what shares a sandbox stays on one worker."""
     for item in items:

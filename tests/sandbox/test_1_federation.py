@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import time
 
 import pytest
-from conftest import ROOT, Sandbox
 
 from sandbox import machine
+from tests.sandbox.conftest import ROOT, Sandbox
 
 CORES = [f"core0{n}.example.internal:9100" for n in range(1, 5)]
 INTERVAL_SECONDS = 15
@@ -144,8 +145,6 @@ def test_ssh_gives_a_shell_with_the_pinned_host_key(sandbox: Sandbox) -> None:
 
 def test_a_second_run_at_once_is_refused_and_told_who_holds_the_first(sandbox: Sandbox) -> None:
     held = sandbox.plan.runtime_dir / "lock"
-    import fcntl
-
     with held.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         told = sandbox.refused("--no-verify")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Sandbox, no_scrape_lost
 
 from sandbox import machine
+from tests.sandbox.conftest import Sandbox, no_scrape_lost
 
 # Shorter than a user's, so that these tests see many scrapes in little time.
 INTERVAL_SECONDS = 2

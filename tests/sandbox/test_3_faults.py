@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Sandbox
 
 from sandbox import host, machine
 from sandbox.plan import RUNTIME_ROOT
+from tests.sandbox.conftest import ROOT, Sandbox
 
 
 def traces(sandbox: Sandbox) -> dict[str, list[str]]:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Sandbox
-from keyring import DAY, Keyring, forge_authority, issue
-from probe import OPEN, SILENCE, Answer, Client, Door, Request, ask, knock
 
 from hostfiles.model import Leaf
 from sandbox import host, network, providers
 from sandbox.plan import NETNS_DIR
+from tests.sandbox.conftest import Sandbox
+from tests.sandbox.keyring import DAY, Keyring, forge_authority, issue
+from tests.sandbox.probe import OPEN, SILENCE, Answer, Client, Door, Request, ask, knock
 
 MASTER = "prometheus-master.example.com"
 SLAVE = "prometheus-slave.example.com"

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import attacker
 import pytest
-from conftest import Sandbox
-from keyring import DAY, Keyring, forge_authority, issue
 
 from hostfiles.model import Leaf
 from sandbox import host, network
 from sandbox.host import run
 from sandbox.plan import NETNS_DIR
+from tests.sandbox import attacker
+from tests.sandbox.conftest import Sandbox
+from tests.sandbox.keyring import DAY, Keyring, forge_authority, issue
 
 MASTER = "prometheus-master.example.com"
 SLAVE = "prometheus-slave.example.com"

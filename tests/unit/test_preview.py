@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import NAMESPACE, ROOT, Evaluated, run_program
 
 from sandbox.preview import differences
+from tests.unit.conftest import NAMESPACE, ROOT, Evaluated, run_program
 
 
 def preview(before: Evaluated, after: Evaluated) -> list[str]:

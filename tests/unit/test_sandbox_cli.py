@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from sandbox import cli, host
 from sandbox.host import SandboxError
+from tests.unit.conftest import ROOT
 
 
 @pytest.mark.parametrize(("system", "named"), [("darwin", "macOS"), ("win32", "Windows")])
