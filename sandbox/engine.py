@@ -129,9 +129,10 @@ class Engine:
         return self.providers[type_.partition(":")[0]]
 
     def _create(self, resource: Resource) -> tuple[str, dict[str, Any]]:
+        # Noted down before it is told: what was told is done, whatever ends this run.
         with self._step("create", resource):
             made = self._provider(resource.type).create(resource, plain(resource.inputs))
-        self._state.put(_record(resource, *made, dict(resource.inputs)))
+            self._state.put(_record(resource, *made, dict(resource.inputs)))
         self.changes.created.append(resource.urn)
         return made
 
@@ -142,9 +143,9 @@ class Engine:
             outputs = self._provider(resource.type).update(
                 resource, old.id, plain(wanted), plain(old.inputs), plain(old.outputs)
             )
-        record = _record(resource, old.id, outputs, wanted)
-        record.sequence = old.sequence
-        self._state.put(record)
+            record = _record(resource, old.id, outputs, wanted)
+            record.sequence = old.sequence
+            self._state.put(record)
         self.changes.updated.append(resource.urn)
         return old.id, outputs
 
@@ -158,10 +159,10 @@ class Engine:
             self._delete(old, counted=False)
         with self._step("replace", resource):
             made = self._provider(resource.type).create(resource, plain(resource.inputs))
-        self._state.put(
-            _record(resource, *made, dict(resource.inputs)),
-            replaced=None if resource.delete_before_replace else old,
-        )
+            self._state.put(
+                _record(resource, *made, dict(resource.inputs)),
+                replaced=None if resource.delete_before_replace else old,
+            )
         self.changes.replaced.append(resource.urn)
         return made
 
@@ -174,7 +175,9 @@ class Engine:
         if record.custom:
             with self._step("delete", record):
                 self._provider(record.type).delete(record.type, record.id, plain(record.inputs))
-        self._state.forget(record)
+                self._state.forget(record)
+        else:
+            self._state.forget(record)
         if counted and record.custom:
             self.changes.deleted.append(record.urn)
 
