@@ -94,6 +94,7 @@ class Cloud:
     def save(self, path: Path) -> None:
         """Writes the file whole, or leaves the old one."""
         fresh = path.with_suffix(".new")
+        fresh.touch(mode=0o600)
         fresh.write_text(json.dumps(asdict(self), indent=1, sort_keys=True))
         fresh.replace(path)
 

@@ -218,6 +218,8 @@ def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
             path.touch(mode=0o600)
             path.write_text(content)
     # Whoever asked through sudo shall be able to use them: the rest stays root's.
+    for part in ("machines", "volumes", "world"):
+        (plan.state_dir / part).chmod(0o700)
     plan.state_dir.chmod(0o711)
     for path in (folder, *folder.iterdir()):
         os.chown(path, int(os.environ.get("SUDO_UID", "0")), int(os.environ.get("SUDO_GID", "0")))

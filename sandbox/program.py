@@ -141,6 +141,8 @@ def plain(value: Any) -> Any:
 def _evaluate(project: Project, backend: Backend, preview: bool) -> dict[str, Any]:
     loop = asyncio.new_event_loop()
     loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="resource"))
+    # The first failure is raised below; what failed because of it would only be noise.
+    loop.set_exception_handler(lambda *_: None)
     asyncio.set_event_loop(loop)
     monitor = _Monitor(backend)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cryptography.fernet import Fernet
 
+from sandbox.host import SandboxError
 from sandbox.program import Secret
 
 _MARK = "__secret__"
@@ -57,10 +58,15 @@ class State:
         state = cls(path=path)
         if path.exists():
             known = state._decrypted(json.loads(path.read_text()))
-            state.records = {urn: Record(**record) for urn, record in known["records"].items()}
-            state.condemned = [Record(**record) for record in known["condemned"]]
-            state.outputs = known["outputs"]
-            state.settings = known["settings"]
+            try:
+                state.records = {urn: Record(**record) for urn, record in known["records"].items()}
+                state.condemned = [Record(**record) for record in known["condemned"]]
+                state.outputs, state.settings = known["outputs"], known["settings"]
+            except (KeyError, TypeError):
+                raise SandboxError(
+                    f"{path} was written by another version of the sandbox.",
+                    "Run `make down` and `make up`.",
+                ) from None
         return state
 
     @property

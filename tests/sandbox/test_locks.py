@@ -532,10 +532,9 @@ def test_with_every_key_nothing_is_open_but_federate(
 def test_head_on_federate_gets_nothing(
     insider: str, federation: Door, master_client: Client
 ) -> None:
-    # nginx counts HEAD as GET; it is Prometheus that knows none.
     head = Request(door=federation, client=master_client, path=FEDERATE, method="HEAD")
     answer, whole = ask(insider, [head, replace(head, method="GET")])
-    assert (answer.short, answer.body) == (405, "")
+    assert (answer.short, answer.body) == (403, "")
     assert (whole.short, bool(whole.body)) == (200, True)
 
 
