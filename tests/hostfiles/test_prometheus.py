@@ -85,6 +85,12 @@ def test_the_body_limit_holds_as_many_series_as_the_sample_limit(site: Federated
     assert 33 * 2**20 >= 200_000 * 168 > 32 * 2**20
 
 
+def test_a_slave_cannot_pass_its_series_off_as_another_sites(site: FederatedSite) -> None:
+    job = prometheus.federate_job(site)
+    # honor_labels lets it choose any label; this comes after it and wins.
+    assert job["metric_relabel_configs"] == [{"target_label": "site", "replacement": site.site}]
+
+
 @pytest.mark.parametrize(
     ("interval", "timeout"), [("15s", "14s"), ("1m", "14s"), ("5s", "4666ms"), ("1s", "933ms")]
 )
