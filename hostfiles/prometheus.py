@@ -7,7 +7,8 @@ https://prometheus.io/docs/prometheus/latest/configuration/configuration/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import yaml
@@ -51,18 +52,7 @@ SERVICE = "/etc/systemd/system/prometheus.service"
 
 
 def files(server: Server) -> tuple[File, ...]:
-    """What is not secret: prometheus.yml, rules, CA, and the federate jobs of a master."""
-    federate = (
-        tuple(
-            File(
-                path=f"{FOLDER}/federate.d/{site.site}.yml",
-                content=_dump({"scrape_configs": [federate_job(site)]}),
-            )
-            for site in sorted(server.sites, key=lambda site: site.site)
-        )
-        if isinstance(server, MasterServer)
-        else ()
-    )
+    """What is not secret: prometheus.yml, rules and CA."""
     return (
         File(path=f"{FOLDER}/prometheus.yml", content=_dump(configuration(server))),
         File(path=f"{FOLDER}/tls/ca.pem", content=server.ca_bundle),
@@ -70,7 +60,6 @@ def files(server: Server) -> tuple[File, ...]:
             File(path=f"{FOLDER}/rules/{name}", content=content)
             for name, content in sorted(server.rule_files.items())
         ),
-        *federate,
         File(path=SERVICE, content=_service(server)),
     )
 
@@ -90,10 +79,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         secret("secrets/ready.curl", _curl(server, secrets, PORT, "/-/ready")),
         secret("secrets/reload.curl", _curl(server, secrets, PORT, "/-/reload", method="POST")),
         secret("secrets/node_exporter.curl", _curl(server, secrets, 9100, "/")),
-        *(
-            secret(f"secrets/federate-{site}.password", password)
-            for site, password in sorted(_site_passwords(server, secrets).items())
-        ),
+        *_federation(server, secrets),
     )
 
 
@@ -152,7 +138,16 @@ def configuration(server: Server) -> dict[str, Any]:
     }
 
 
-def federate_job(site: FederatedSite) -> dict[str, Any]:
+def federate_password_file(site: str, password: str) -> str:
+    """Where a master keeps a site's password, relative to its folder.
+
+    Prometheus reads the file when it makes the job's client and, at a reload, makes a new client
+    only for a job whose configuration changed: another password must be another file.
+    """
+    return f"secrets/federate-{site}-{sha256(password.encode()).hexdigest()[:12]}.password"
+
+
+def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
     """The scrape job by which the master takes a site's series.
 
     https://prometheus.io/docs/prometheus/latest/federation/
@@ -178,7 +173,7 @@ def federate_job(site: FederatedSite) -> dict[str, Any]:
         # Paths are relative to the file in federate.d/.
         "basic_auth": {
             "username": site.user,
-            "password_file": f"../secrets/federate-{site.site}.password",
+            "password_file": f"../{password_file}",
         },
         "tls_config": {
             "ca_file": "../tls/ca.pem",
@@ -268,14 +263,27 @@ def _has_interval(job: Job) -> bool:
     return "scrape_interval" in job.options
 
 
-def _site_passwords(server: Server, secrets: ServerSecrets) -> Mapping[str, str]:
+def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
+    """A master's federate jobs, a file for each site, and the passwords they send."""
     if not isinstance(server, MasterServer):
-        return {}
+        return
     passwords = secrets.site_passwords if isinstance(secrets, MasterSecrets) else {}
-    sites = {site.site for site in server.sites}
-    if sites != set(passwords):
+    sites = {site.site: site for site in server.sites}
+    if set(sites) != set(passwords):
         raise ValueError(f"sites {sorted(sites)} have passwords for {sorted(passwords)}")
-    return passwords
+    for name, site in sorted(sites.items()):
+        password_file = federate_password_file(name, passwords[name])
+        yield File(
+            path=f"{FOLDER}/{password_file}",
+            content=passwords[name],
+            group=GROUP,
+            mode=0o640,
+            secret=True,
+        )
+        yield File(
+            path=f"{FOLDER}/federate.d/{name}.yml",
+            content=_dump({"scrape_configs": [federate_job(site, password_file)]}),
+        )
 
 
 def _curl(server: Server, secrets: ServerSecrets, port: int, path: str, method: str = "GET") -> str:

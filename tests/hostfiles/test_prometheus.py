@@ -66,7 +66,7 @@ def test_nothing_anywhere_skips_verification(
 
 
 def test_the_federate_job_is_named_federate_for_every_site(site: FederatedSite) -> None:
-    job = prometheus.federate_job(site)
+    job = prometheus.federate_job(site, "secrets/p")
     assert job["job_name"] == "federate-dublin"
     assert job["static_configs"] == [
         {"targets": [f"{SLAVE}:9095"], "labels": {"job": "federate", "site": "dublin"}}
@@ -79,14 +79,14 @@ def test_the_federate_job_is_named_federate_for_every_site(site: FederatedSite) 
 
 
 def test_the_body_limit_holds_as_many_series_as_the_sample_limit(site: FederatedSite) -> None:
-    job = prometheus.federate_job(dataclasses.replace(site, sample_limit=200_000))
+    job = prometheus.federate_job(dataclasses.replace(site, sample_limit=200_000), "secrets/p")
     assert job["sample_limit"] == 200_000
     assert job["body_size_limit"] == "33MB"
     assert 33 * 2**20 >= 200_000 * 168 > 32 * 2**20
 
 
 def test_a_slave_cannot_pass_its_series_off_as_another_sites(site: FederatedSite) -> None:
-    job = prometheus.federate_job(site)
+    job = prometheus.federate_job(site, "secrets/p")
     # honor_labels lets it choose any label; this comes after it and wins.
     assert job["metric_relabel_configs"] == [{"target_label": "site", "replacement": site.site}]
 
@@ -97,7 +97,7 @@ def test_a_slave_cannot_pass_its_series_off_as_another_sites(site: FederatedSite
 def test_the_federate_timeout_is_below_the_interval(
     site: FederatedSite, interval: str, timeout: str
 ) -> None:
-    job = prometheus.federate_job(dataclasses.replace(site, scrape_interval=interval))
+    job = prometheus.federate_job(dataclasses.replace(site, scrape_interval=interval), "secrets/p")
     assert job["scrape_timeout"] == timeout
 
 
@@ -148,12 +148,29 @@ def test_prometheus_listens_on_loopback_alone(
 
 
 def test_each_site_has_a_file_of_its_own(
-    master_server: Callable[..., MasterServer], site: FederatedSite
+    master_server: Callable[..., MasterServer],
+    master_secrets: Callable[..., ServerSecrets],
+    site: FederatedSite,
 ) -> None:
     sites = tuple(dataclasses.replace(site, site=name) for name in ("oslo", "dublin"))
-    paths = [file.path for file in prometheus.files(master_server(sites=sites))]
+    secrets = master_secrets(site_passwords={"oslo": "O" * 48, "dublin": "D" * 48})
+    files = prometheus.secret_files(master_server(sites=sites), secrets)
+    paths = [file.path for file in files]
     assert "/etc/prometheus/federate.d/dublin.yml" in paths
     assert "/etc/prometheus/federate.d/oslo.yml" in paths
+
+
+def test_another_password_changes_the_job_so_that_prometheus_takes_it(
+    master_server: Callable[..., MasterServer], master_secrets: Callable[..., ServerSecrets]
+) -> None:
+    def job(password: str) -> str:
+        secrets = master_secrets(site_passwords={"dublin": password})
+        files = prometheus.secret_files(master_server(), secrets)
+        return next(f.content for f in files if f.path.endswith("federate.d/dublin.yml"))
+
+    assert job("D" * 48) == job("D" * 48)
+    assert job("D" * 48) != job("E" * 48)
+    assert "DDDD" not in job("D" * 48)
 
 
 def test_a_site_without_password_is_an_error(

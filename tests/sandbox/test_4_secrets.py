@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from hostfiles.prometheus import federate_password_file
 from sandbox import machine, providers
 from sandbox.program import Secret, plain
 from sandbox.state import Record
@@ -193,10 +194,10 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
         }
         if server == "master":
             files |= {
-                f"etc/prometheus/secrets/federate-{site}.password": {
+                f"etc/prometheus/{federate_password_file(site, password)}": {
                     f"slave-{site}-federation-password"
                 }
-                for site in sandbox.outputs["slaves"]
+                for site, password in sandbox.outputs["federationPasswords"].items()
             }
         expected[sandbox.machine(server)] = files | {
             "etc/ssh/ssh_host_ed25519_key": {f"{name}-host-key-1"}
