@@ -129,9 +129,11 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
     if proof:
         console.print("\n[bold]Proof of federation[/] (asked of the master)")
         for line in proof.found:
-            console.print(f"  {line}", markup=False)
+            console.print(f"  {line}", markup=False, soft_wrap=True)
     for release in local.values():
-        console.print(f"{release.name} {release.version}: {release.origin}", markup=False)
+        console.print(
+            f"{release.name} {release.version}: {release.origin}", markup=False, soft_wrap=True
+        )
     console.print(f"{changes} in {steps.seconds:.1f} s")
     return 0
 
@@ -288,7 +290,7 @@ def _verify(chosen: argparse.Namespace, console: Console) -> int:
     with Steps(console) as steps:
         proof = prove(state.outputs, plain(state.settings), NAMESPACE, steps)
     for line in proof.found:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True)
     return 0
 
 
