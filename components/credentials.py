@@ -1,7 +1,7 @@
 """Passwords, and the hashes that stand for them on the server's side.
 
 A hash must be the same on every run, or every `pulumi up` would change every host: its salt is a
-RandomBytes in the state, never `bcrypt.gensalt()`.
+RandomBytes in the state, never one that bcrypt draws anew.
 """
 
 from __future__ import annotations
