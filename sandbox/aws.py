@@ -36,8 +36,6 @@ from sandbox.program import Resource
 from sandbox.providers import Inputs, Outputs, Provider
 from sandbox.world import World
 
-GIB = 2**30
-
 # vCPUs and memory of the types that make sense on one machine.
 # https://docs.aws.amazon.com/ec2/latest/instancetypes/gp.html
 INSTANCE_TYPES = {
@@ -256,10 +254,7 @@ class AwsProvider(Provider):
         id_ = _new_id("vol")
         with self._changing(seen=False):
             self._cloud.volumes[id_] = inputs["size"]
-        file = self._volume_file(id_)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as volume:
-            volume.truncate(inputs["size"] * GIB)
+        machine.create_volume(self._volume_file(id_), size_gib=inputs["size"])
         return id_, {}
 
     def _attach_volume(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:

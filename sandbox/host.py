@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -59,20 +59,6 @@ class Progress(Protocol):
     def __call__(self, text: str, /) -> AbstractContextManager[None]:
         """Return the context in which the step named `text` runs."""
         ...
-
-
-@contextmanager
-def print_progress(text: str) -> Iterator[None]:
-    """The simplest Progress: one line on stderr for each finished step."""
-    started = time.monotonic()
-    yield
-    print(f"{text} ({time.monotonic() - started:.1f} s)", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def no_progress(_text: str) -> Iterator[None]:
-    """A Progress that says nothing."""
-    yield
 
 
 def run(

@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -784,14 +783,6 @@ def address_of(netns: str) -> str:
 def remove_stranger(plan: Plan, name: str) -> None:
     """Remove a stranger and its link."""
     run(["ip", "netns", "del", plan.stranger_netns(name)], check=False)
-
-
-def in_netns(
-    netns: str, argv: Sequence[str | Path], *, stdin: str | None = None, timeout: float = 60
-) -> subprocess.CompletedProcess[str]:
-    """Run a program of this machine inside a namespace of the sandbox (a stranger's curl)."""
-    command = ["nsenter", f"--net={NETNS_DIR / netns}", *argv]
-    return run(command, stdin=stdin, timeout=timeout, check=False)
 
 
 def netns_names(plan: Plan) -> list[str]:

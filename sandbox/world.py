@@ -325,21 +325,6 @@ def ensure_hosts(
     return names
 
 
-def ensure_world(
-    plan: Plan,
-    world: World,
-    fabric: Fabric,
-    progress: Progress,
-    *,
-    primed_packages: Sequence[str] = PRIMED_PACKAGES,
-    wait: bool = True,
-) -> bool:
-    """Bring about the world, or what is missing of it; return whether anything changed."""
-    changed = ensure_networks(plan, world, fabric)
-    booted = ensure_hosts(plan, world, progress, primed_packages=primed_packages, wait=wait)
-    return changed or bool(booted)
-
-
 # The end of it
 
 
