@@ -122,6 +122,9 @@ class AwsProvider(Provider):
             providers.VOLUME: self._create_volume,
             providers.VOLUME_ATTACHMENT: self._attach_volume,
             providers.INSTANCE: self._run_instance,
+            providers.ROLE: self._note_identity,
+            providers.ROLE_POLICY: self._note_identity,
+            providers.INSTANCE_PROFILE: self._note_identity,
         }
 
     def create(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
@@ -151,7 +154,7 @@ class AwsProvider(Provider):
             )
         return fresh
 
-    def delete(self, type_: str, id_: str, inputs: Inputs) -> None:
+    def delete(self, type_: str, id_: str, inputs: Inputs, timeout: str) -> None:
         """Removes the resource."""
         if type_ == providers.INSTANCE:
             self._terminate(id_)
@@ -202,7 +205,8 @@ class AwsProvider(Provider):
 
     def _allocate(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
         with self._changing():
-            taken = set(self._cloud.addresses.values())
+            # Those of the given world's hosts are in the network's model alone.
+            taken = {*self._cloud.addresses.values(), *self._fabric.model.eips}
             free = [ip for ip in self._plan.eips if ip not in taken]
             if not free:
                 raise SandboxError(
@@ -232,6 +236,17 @@ class AwsProvider(Provider):
         with self._changing():
             self._cloud.records[id_] = inputs["records"][0]
         return id_, {"fqdn": inputs["name"]}
+
+    # IAM: there is none here. The engine's state is the only note of it.
+
+    def _note_identity(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
+        name = inputs.get("name") or (
+            f"{inputs.get('namePrefix', f'{resource.name}-')}{secrets.token_hex(4)}"
+        )
+        if resource.type == providers.ROLE_POLICY:
+            return f"{inputs['role']}:{name}", {"name": name}
+        kind = "role" if resource.type == providers.ROLE else "instance-profile"
+        return name, {"name": name, "arn": f"arn:aws:iam::000000000000:{kind}/{name}"}
 
     # Security groups
 
@@ -406,6 +421,12 @@ class AwsProvider(Provider):
         cloud = self._cloud
         for name in [n for n, a in model.attachments.items() if a.groups is not None]:
             model = without_machine(model, name)
+        eips: dict[str, str | None] = {
+            # What is left in the model are the given world's hosts, with their addresses.
+            ip: name
+            for ip, name in model.eips.items()
+            if name in model.attachments
+        }
         for instance in cloud.instances.values():
             model = with_attachment(
                 model,
@@ -417,7 +438,6 @@ class AwsProvider(Provider):
                 ),
             )
         holders = dict(cloud.associations.values())
-        eips: dict[str, str | None] = {}
         for allocation, address in cloud.addresses.items():
             holder = cloud.instances.get(holders.get(allocation, ""))
             eips[address] = holder.machine if holder else None

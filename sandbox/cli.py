@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, (SandboxError, pulumi.RunError)) and chosen.trace:
             raise
         console.print(
-            f"{type(error).__name__ if not str(error) else error}", style="red", markup=False
+            f"{type(error).__name__ if not str(error) else error}",
+            style="red",
+            markup=False,
+            soft_wrap=True,
         )
         return 1
 
@@ -110,13 +114,21 @@ def _plan(chosen: argparse.Namespace) -> Plan:
 
 def _up(chosen: argparse.Namespace, console: Console) -> int:
     project = read_project(HERE, STACK, stack_file=chosen.config)
-    # Wrong settings are told before anything is built, installed or touched.
-    evaluate(project, Recorder())
+    if project.encrypted:
+        raise SandboxError(
+            f"Encrypted, so only the Pulumi CLI can read it: {', '.join(project.encrypted)}.",
+            "The sandbox has secrets of its own: leave it out, or write `{given: sshKey}`.",
+        )
     given = world.load_world(chosen.world)
     plan = _plan(chosen)
+    # Wrong settings are told before anything is built, installed or touched.
+    checked = world.resolve_given(project.config, plan, given, stand_ins=True)
+    evaluate(replace(project, config=checked), Recorder())
     with Steps(console) as steps:
         host.prepare(steps)
         with hold(plan, take_over=True):
+            config = world.resolve_given(project.config, plan, given)
+            project = replace(project, config=config)
             changes, state, config, local = _converge(plan, project, given, steps)
             # For `verify`: what was asked for last, passwords of the user's included.
             state.settings = Secret(dict(config))
@@ -186,14 +198,7 @@ def _converge(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         with ReleaseServer(plan):
-            changes = engine.up(
-                Project(
-                    directory=project.directory,
-                    name=project.name,
-                    stack=project.stack,
-                    config=config,
-                )
-            )
+            changes = engine.up(replace(project, config=config))
         changes.started = [*hosts.result(), *started]
     return changes, state, config, local
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox.program import Project, Resource, Secret, evaluate, plain
+from sandbox.program import Project, Resource, ResourcesFailedError, Secret, evaluate, plain
 from sandbox.providers import SECRET_OUTPUTS, Provider, replaces
 from sandbox.state import Record, State
 
@@ -72,18 +72,37 @@ class Engine:
     def up(self, project: Project) -> Changes:
         """Makes the world what the project says; raises what went wrong, with the rest done.
 
-        After a failure nothing is deleted: what the program did not reach may still be wanted.
+        ResourcesFailedError names every resource that failed. After a failure nothing is deleted:
+        what the program did not reach may still be wanted.
         """
         self.changes = Changes()
         self._registered = set()
         self._state.outputs = evaluate(project, self)
+        self._delete_what_is_gone()
+        self._state.save()
+        return self.changes
+
+    def _delete_what_is_gone(self) -> None:
         gone = [r for urn, r in self._state.records.items() if urn not in self._registered]
+        for record in [*gone, *self._state.condemned]:
+            self._refuse_if_protected(record)
+        failures: list[tuple[Record, Exception]] = []
+        # What could not be deleted may need what it depends on to be deleted later.
+        needed: set[str] = set()
         for record in sorted(
             [*gone, *self._state.condemned], key=lambda r: r.sequence, reverse=True
         ):
-            self._delete(record)
-        self._state.save()
-        return self.changes
+            if self.cancelled.is_set():
+                raise InterruptedError("stopped before this was done; `up` again finishes it")
+            try:
+                if record.urn not in needed:
+                    self._delete(record)
+                    continue
+            except Exception as error:
+                failures.append((record, error))
+            needed.update(record.dependencies)
+        if failures:
+            raise failures[0][1] if len(failures) == 1 else ResourcesFailedError(failures)
 
     def invoke(self, token: str, args: Mapping[str, Any]) -> dict[str, Any]:
         """Answers a provider function."""
@@ -120,8 +139,10 @@ class Engine:
             return self._replace(resource, old)
         if changed:
             return self._update(resource, wanted, old)
-        if old.protect != resource.protect:
-            old.protect = resource.protect
+        kept = _kept(resource)
+        if any(getattr(old, name) != value for name, value in kept.items()):
+            for name, value in kept.items():
+                setattr(old, name, value)
             self._state.save()
         return old.id, plain(old.outputs)
 
@@ -166,15 +187,20 @@ class Engine:
         self.changes.replaced.append(resource.urn)
         return made
 
-    def _delete(self, record: Record, *, counted: bool = True) -> None:
+    def _refuse_if_protected(self, record: Record) -> None:
         if record.protect:
             raise ProtectedError(
                 f"{record.urn} would be deleted, and it is protected. Set protectData to false "
                 "and run `up` once before removing it"
             )
+
+    def _delete(self, record: Record, *, counted: bool = True) -> None:
+        self._refuse_if_protected(record)
         if record.custom:
             with self._step("delete", record):
-                self._provider(record.type).delete(record.type, record.id, plain(record.inputs))
+                self._provider(record.type).delete(
+                    record.type, record.id, plain(record.inputs), record.timeout_delete
+                )
                 self._state.forget(record)
         else:
             self._state.forget(record)
@@ -199,5 +225,14 @@ def _record(
         inputs=inputs,
         outputs={k: Secret(v) if k in secret else v for k, v in outputs.items()},
         custom=resource.custom,
-        protect=resource.protect,
+        **_kept(resource),
     )
+
+
+def _kept(resource: Resource) -> dict[str, Any]:
+    """What is remembered of a resource's options, for the run that deletes it."""
+    return {
+        "protect": resource.protect,
+        "dependencies": list(resource.dependencies),
+        "timeout_delete": resource.timeout_delete,
+    }

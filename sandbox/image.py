@@ -35,8 +35,10 @@ PACKAGES = (
 # Only downloaded, so that cloud-init's `packages:` still installs them, quickly.
 PRIMED_PACKAGES = ("nginx", "ufw")
 
-# The given hosts have the exporter as the distribution installs it: plain http on port 9100.
+# What a given host may have already: the exporter as the distribution installs it (plain http on
+# port 9100), and a firewall.
 EXPORTER_PACKAGES = ("prometheus-node-exporter",)
+UFW_PACKAGES = ("ufw",)
 
 FILES = {
     "/etc/cloud/cloud.cfg.d/01_debian_cloud.cfg": """\
@@ -178,7 +180,7 @@ def ensure_image(
     """Return the base image, building it where it is missing.
 
     primed_packages: downloaded into apt's cache in the image, not installed.
-    installed_packages: installed in a layer over the base image (the given hosts' exporter).
+    installed_packages: installed in a layer over the base image (what a given host has already).
     Raises SandboxError with apt's own words when a package cannot be had.
     """
     sources = image_sources()
@@ -199,15 +201,6 @@ def ensure_image(
     if not installed_packages:
         return Image(name=base_name, layers=(base,))
     return Image(name=layer_name, layers=(layer, base))
-
-
-def ensure_exporter_image(
-    progress: Progress, *, primed_packages: Sequence[str] = PRIMED_PACKAGES
-) -> Image:
-    """Return the image of a host that the user has already: with the distribution's exporter."""
-    return ensure_image(
-        progress, primed_packages=primed_packages, installed_packages=EXPORTER_PACKAGES
-    )
 
 
 def _digest(recipe: object) -> str:

@@ -63,12 +63,16 @@ class SecurityGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A VPC: its range, and its subnets' ranges by id."""
+    """A VPC: its range, and its subnets' ranges by id.
+
+    nat_gateway: whether whoever has no public address gets out all the same, under the network's.
+    """
 
     id: str
     cidr: str
     subnets: Mapping[str, str]
     private_names: Mapping[str, str] = field(default_factory=dict)
+    nat_gateway: bool = False
 
     @property
     def resolver(self) -> str:
@@ -81,7 +85,7 @@ class Attachment:
     """A machine's interface: its subnet and address.
 
     groups: the security groups that it is in; None for a given host, which is open to its own
-    network and closed to all others.
+    network and closed to all others, unless it has a public address: then it is open to all.
     """
 
     machine: str
@@ -96,8 +100,8 @@ class NetworkModel:
 
     groups: security groups by id. attachments: by machine. eips: public address → machine; an
     address that belongs to nobody yet has None. temporary: machine → public address, in force
-    while the machine has no EIP. public_names: DNS names on the internet. zones: domains that
-    are ours alone.
+    while the machine has no EIP. gateways: network → public address of its NAT gateway.
+    public_names: DNS names on the internet. zones: domains that are ours alone.
     """
 
     networks: Mapping[str, Network] = field(default_factory=dict)
@@ -105,6 +109,7 @@ class NetworkModel:
     attachments: Mapping[str, Attachment] = field(default_factory=dict)
     eips: Mapping[str, str | None] = field(default_factory=dict)
     temporary: Mapping[str, str] = field(default_factory=dict)
+    gateways: Mapping[str, str] = field(default_factory=dict)
     public_names: Mapping[str, str] = field(default_factory=dict)
     zones: tuple[str, ...] = ()
 
@@ -184,6 +189,7 @@ def render_router(model: NetworkModel, network_id: str) -> str:
     network = model.networks[network_id]
     members = model.members(network_id)
     public = model.public_addresses(network_id)
+    gateway = model.gateways.get(network_id)
     links = {member.machine: machine_link(member.private_ip) for member in members}
     lines = ["table inet aws {"]
     for direction, hook, priority, map_type, rule in (
@@ -206,6 +212,9 @@ def render_router(model: NetworkModel, network_id: str) -> str:
         if map_type:
             elements = ", ".join(f"{a} : {b}" for a, b in map_type.items())
             lines.append(f"  {rule} map {{ {elements} }}")
+        if map_type is not public and gateway:
+            # After the map: whoever has an address of its own keeps it.
+            lines.append(f'  oifname "{_UPLINK}" ip saddr {network.cidr} snat ip to {gateway}')
         lines.append(" }")
     # What the router itself offers: DNS and ping, and answers to what it asked.
     lines += [
@@ -226,7 +235,9 @@ def render_router(model: NetworkModel, network_id: str) -> str:
         out_map = ", ".join(f'"{link}" : jump out_{link}' for link in links.values())
         in_map = ", ".join(f'"{link}" : goto in_{link}' for link in links.values())
         lines += [f"  iifname vmap {{ {out_map} }}", f"  oifname vmap {{ {in_map} }}"]
-    if public:
+    if gateway:
+        lines.append(f'  iifname != "{_UPLINK}" oifname "{_UPLINK}" ip saddr {network.cidr} accept')
+    elif public:
         # Whoever has no public address has no way to the internet, as at a real gateway.
         lines.append(f'  oifname "{_UPLINK}" ip saddr {{ {", ".join(public.values())} }} accept')
     lines.append(" }")
@@ -241,7 +252,10 @@ def _member_chains(
 ) -> list[str]:
     if member.groups is None:
         inside = Rule(protocol="-1", peer=network.cidr)
-        ingress, egress = [inside], [inside]
+        anywhere = Rule(protocol="-1", peer="0.0.0.0/0")
+        public = member.private_ip in model.public_addresses(network.id).values()
+        ingress = [anywhere if public else inside]
+        egress = [anywhere if public or network.id in model.gateways else inside]
     else:
         groups = [model.groups[group] for group in member.groups]
         ingress = [rule for group in groups for rule in group.ingress]
@@ -598,7 +612,10 @@ def _route_public(plan: Plan, model: NetworkModel) -> bool:
     wanted = {
         address: plan.link("r", network_id)
         for network_id in model.networks
-        for address in model.public_addresses(network_id)
+        for address in (
+            *model.public_addresses(network_id),
+            *([model.gateways[network_id]] if network_id in model.gateways else []),
+        )
     }
     routes = _ip_json(plan.inet_netns, "-4", "route", "show")
     have = {
@@ -714,6 +731,8 @@ def read_model(file: Path) -> NetworkModel:
         attachments={key: attachment(row) for key, row in data["attachments"].items()},
         eips=data["eips"],
         temporary=data["temporary"],
+        # A model of an older version has none.
+        gateways=data.get("gateways", {}),
         public_names=data["public_names"],
         zones=tuple(data["zones"]),
     )

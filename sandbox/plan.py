@@ -132,6 +132,11 @@ class Plan:
         return str(self.service_range[3])
 
     @property
+    def nat_ips(self) -> tuple[str, ...]:
+        """What the hosts of a network with a NAT gateway appear under, one for each network."""
+        return tuple(str(self.service_range[n]) for n in range(4, 8))
+
+    @property
     def temporary_ips(self) -> tuple[str, ...]:
         """Public addresses for instances that have no Elastic IP."""
         return tuple(str(self.service_range[n]) for n in range(8, 48))

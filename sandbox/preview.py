@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import io
 import json
 import pickle
@@ -18,14 +17,18 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pulumi
 
+from sandbox.host import SandboxError
+from sandbox.plan import Plan
 from sandbox.program import Resource, Secret, evaluate, plain, read_project
 from sandbox.providers import replaces
 from sandbox.recorder import Recorder
+from sandbox.world import load_world, resolve_given
 
 HERE = Path(__file__).resolve().parent.parent
 _MASK = "[secret]"
@@ -182,28 +185,13 @@ def _registered(directory: Path, stack: str) -> list[Resource]:
     recorder = Recorder()
     try:
         project = read_project(directory, stack)
-        evaluate(
-            read_project(
-                directory,
-                stack,
-                overrides={key: _without_cipher(value) for key, value in project.config.items()},
-            ),
-            recorder,
+        config = resolve_given(
+            project.config, Plan(slot=0, state_dir=HERE), load_world(), stand_ins=True
         )
-    except (pulumi.RunError, FileNotFoundError) as error:
+        evaluate(replace(project, config=config), recorder)
+    except (pulumi.RunError, SandboxError, FileNotFoundError) as error:
         sys.exit(f"stack {stack}: {error}")
     return recorder.resources
-
-
-def _without_cipher(value: Any) -> Any:
-    """A setting, with a stand-in for each value that only the stack's owner can decrypt."""
-    if isinstance(value, Mapping):
-        if set(value) == {"secure"}:
-            return hashlib.sha256(str(value["secure"]).encode()).hexdigest()
-        return {key: _without_cipher(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_cipher(item) for item in value]
-    return value
 
 
 if __name__ == "__main__":

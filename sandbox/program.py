@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import hashlib
 import json
 import os
+import re
 import runpy
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +38,8 @@ _SECRET = rpc._special_secret_sig
 # Resources wait for each other inside their threads, so there must be more threads than are ever
 # waiting; asyncio's own executor has six on two cores.
 _THREADS = 64
+# After a failure: so long nothing at all happens when nothing will happen any more.
+_QUIET_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Resource:
     delete_before_replace: bool = False
     timeout_create: str = ""
     timeout_update: str = ""
+    timeout_delete: str = ""
 
 
 class Backend(Protocol):
@@ -80,12 +86,39 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
-    """A checkout and the settings of one of its stacks."""
+    """A checkout and the settings of one of its stacks.
+
+    `encrypted` names the settings that have a stand-in in `config`, as only the Pulumi CLI can
+    decrypt them.
+    """
 
     directory: Path
     name: str
     stack: str
     config: Mapping[str, Any]
+    encrypted: tuple[str, ...] = ()
+
+
+class Named(Protocol):
+    """Whatever has a name: a resource, or the record of one."""
+
+    @property
+    def name(self) -> str:
+        """The name that the program gave it."""
+        ...
+
+
+class ResourcesFailedError(Exception):
+    """More than one resource failed: what became of each."""
+
+    def __init__(self, failures: Sequence[tuple[Named, Exception]]) -> None:
+        self.failures = tuple(failures)
+        told = sorted(
+            # A command's error says itself whose it is.
+            str(error) if str(error).startswith(f"{what.name}:") else f"{what.name}: {error}"
+            for what, error in failures
+        )
+        super().__init__("\n".join([f"{len(told)} resources failed:", *told]))
 
 
 def read_project(
@@ -97,8 +130,8 @@ def read_project(
 ) -> Project:
     """Pulumi.yaml's defaults, under the stack's own file, under `overrides`.
 
-    Keys are full (`prometheus-federation:zone`). Raises FileNotFoundError for a stack without a
-    file. https://www.pulumi.com/docs/iac/concepts/projects/project-file/
+    Keys are full (`prometheus-federation:zone`). An encrypted value has a stand-in that changes
+    when it does. Raises FileNotFoundError for a stack without a file. https://www.pulumi.com/docs/iac/concepts/projects/project-file/
     """
     description = yaml.safe_load((directory / "Pulumi.yaml").read_text())
     name = description["name"]
@@ -110,14 +143,54 @@ def read_project(
     chosen = stack_file or directory / f"Pulumi.{stack}.yaml"
     config.update((yaml.safe_load(chosen.read_text()) or {}).get("config", {}))
     config.update(overrides or {})
-    return Project(directory=directory, name=name, stack=stack, config=config)
+    encrypted: list[str] = []
+    return Project(
+        directory=directory,
+        name=name,
+        stack=stack,
+        config={key: _without_cipher(item, key, key, encrypted) for key, item in config.items()},
+        encrypted=tuple(encrypted),
+    )
+
+
+def _without_cipher(value: Any, path: str, name: str, found: list[str]) -> Any:
+    """A setting with a stand-in for each value that only the stack's owner can decrypt.
+
+    `found` gets their paths; `name` is the key under which the value stands.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"secure"}:
+            found.append(path)
+            return _stand_in(name.rpartition(":")[2], str(value["secure"]))
+        return {
+            key: _without_cipher(item, f"{path}.{key}", str(key), found)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [
+            _without_cipher(item, f"{path}[{number}]", name, found)
+            for number, item in enumerate(value)
+        ]
+    return value
+
+
+def _stand_in(name: str, ciphertext: str) -> str:
+    digest = hashlib.sha256(ciphertext.encode()).hexdigest()[:48]
+    if re.search(r"^key$|privateKey$", name, re.IGNORECASE):
+        label = "PRIVATE KEY"
+    elif re.search(r"^ca$|(cert|certificate|pem)$", name, re.IGNORECASE):
+        label = "CERTIFICATE"
+    else:
+        return digest
+    return f"-----BEGIN {label}-----\n{digest}\n-----END {label}-----\n"
 
 
 def evaluate(project: Project, backend: Backend, *, preview: bool = False) -> dict[str, Any]:
     """Runs the program and returns its outputs, in which what is secret is a `Secret`.
 
-    Raises what the program or the backend raised. Several evaluations may follow one another in a
-    process: each has a Pulumi runtime of its own.
+    Raises what the program or the backend raised, when all that does not depend on it is done;
+    ResourcesFailedError for more than one resource. Several evaluations may follow one another in
+    a process: each has a Pulumi runtime of its own.
     """
     # In a thread of its own: Pulumi runs event loops inside event loops, which leaves the
     # interpreter's count of recursions wrong for what comes after on the same thread.
@@ -141,7 +214,7 @@ def plain(value: Any) -> Any:
 def _evaluate(project: Project, backend: Backend, preview: bool) -> dict[str, Any]:
     loop = asyncio.new_event_loop()
     loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="resource"))
-    # The first failure is raised below; what failed because of it would only be noise.
+    # What failed is raised below; what failed because of it would only be noise.
     loop.set_exception_handler(lambda *_: None)
     asyncio.set_event_loop(loop)
     monitor = _Monitor(backend)
@@ -171,11 +244,25 @@ def _evaluate(project: Project, backend: Backend, preview: bool) -> dict[str, An
         read()
         return outputs
     except Exception as error:
+        _drain(loop, monitor)
         raise (monitor.failure or error) from None
     finally:
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
         asyncio.set_event_loop(None)
+
+
+def _drain(loop: asyncio.AbstractEventLoop, monitor: _Monitor) -> None:
+    """Lets what does not depend on a failure go on to its end: Pulumi stops waiting at the first.
+
+    What waits for something that now never comes has no end; it is left when nothing else moves.
+    """
+    while pending := asyncio.all_tasks(loop):
+        ended, _ = loop.run_until_complete(
+            asyncio.wait(pending, timeout=_QUIET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        )
+        if not ended and not monitor.busy:
+            return
 
 
 def _with_secrecy(output: pulumi.Output[Any]) -> pulumi.Output[Any]:
@@ -193,8 +280,37 @@ class _Monitor(runtime_mocks.MockMonitor):
     def __init__(self, backend: Backend) -> None:
         super().__init__(_Mocks(backend))
         self._backend = backend
-        # The first thing that went wrong. Pulumi would report what failed because of it, too.
-        self.failure: Exception | None = None
+        self._failures: list[tuple[Resource, Exception]] = []
+        self._under_way = 0
+        self._lock = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being made or looked up."""
+        return self._under_way > 0
+
+    @property
+    def failure(self) -> Exception | None:
+        """What went wrong, without what failed because of it and what was called off."""
+        called_off = [f for f in self._failures if isinstance(f[1], InterruptedError)]
+        real = [f for f in self._failures if f not in called_off]
+        if len(real) > 1:
+            return ResourcesFailedError(real)
+        return next((error for _, error in [*real, *called_off]), None)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def Invoke(self, request: Any) -> Any:  # noqa: N802 - gRPC's name
+        with self._counted():
+            return super().Invoke(request)
 
     def make_urn(self, parent: str, type_: str, name: str) -> str:
         """As the real engine does: with the types of all components above, but not the stack's."""
@@ -222,11 +338,13 @@ class _Monitor(runtime_mocks.MockMonitor):
             delete_before_replace=request.deleteBeforeReplace,
             timeout_create=request.customTimeouts.create,
             timeout_update=request.customTimeouts.update,
+            timeout_delete=request.customTimeouts.delete,
         )
         try:
-            id_, outputs = self._backend.register(resource)
+            with self._counted():
+                id_, outputs = self._backend.register(resource)
         except Exception as error:
-            self.failure = self.failure or error
+            self._failures.append((resource, error))
             raise
         self.resources[urn] = self.ResourceRegistration(urn, id_, outputs)
         wire = _sync_await(rpc.serialize_properties(outputs, {}))

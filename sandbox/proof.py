@@ -21,6 +21,7 @@ from sandbox.program import plain
 # As old as a sample may be: it waited one interval at the slave and one at the master.
 FRESH_INTERVALS = 2
 TIMEOUT_SECONDS = 120.0
+EXPORTER_PORT = 9100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +131,15 @@ def look(api: MasterApi, config: Mapping[str, Any], namespace: str) -> Proof:
     own = f"{config[f'{namespace}:master']['host']}.{zone}"
     for job in ("prometheus", "node"):
         _expect(proof, up, (None, job, own), {})
+    for job in config[f"{namespace}:master"].get("jobs", []):
+        for instance in _instances(job):
+            _expect(proof, up, (None, job["name"], instance), job.get("labels", {}))
     for slave in config[f"{namespace}:slaves"]:
         site = slave["site"]
         _expect(proof, up, (site, "federate", f"{slave['host']}.{zone}:9095"), {})
         for job in slave.get("jobs", []):
             slowest = max(interval, milliseconds(job.get("scrape_interval", "1ms")))
-            for target in job["targets"]:
+            for target in _instances(job):
                 key = (site, job["name"], target)
                 if _expect(proof, up, key, job.get("labels", {})):
                     limit = FRESH_INTERVALS * slowest / 1000
@@ -144,6 +148,12 @@ def look(api: MasterApi, config: Mapping[str, Any], namespace: str) -> Proof:
     if ages and not proof.missing:
         proof.found.append(f"newest sample of each target at most {max(ages.values()):.1f} s old")
     return proof
+
+
+def _instances(job: Mapping[str, Any]) -> list[str]:
+    """The instances that a job must have: its plain targets, and the hosts that we monitor."""
+    hosts = [f"{host['host']}:{EXPORTER_PORT}" for host in job.get("hosts", [])]
+    return [*job.get("targets", []), *hosts]
 
 
 def _expect(

@@ -24,6 +24,9 @@ RECORD = "aws:route53/record:Record"
 SECURITY_GROUP = "aws:ec2/securityGroup:SecurityGroup"
 INGRESS_RULE = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule"
 EGRESS_RULE = "aws:vpc/securityGroupEgressRule:SecurityGroupEgressRule"
+ROLE = "aws:iam/role:Role"
+ROLE_POLICY = "aws:iam/rolePolicy:RolePolicy"
+INSTANCE_PROFILE = "aws:iam/instanceProfile:InstanceProfile"
 PRIVATE_KEY = "tls:index/privateKey:PrivateKey"
 SELF_SIGNED_CERT = "tls:index/selfSignedCert:SelfSignedCert"
 CERT_REQUEST = "tls:index/certRequest:CertRequest"
@@ -48,6 +51,9 @@ REPLACE_ON: Mapping[str, frozenset[str]] = {
     SECURITY_GROUP: frozenset("description name namePrefix vpcId".split()),
     INGRESS_RULE: frozenset({"securityGroupId"}),
     EGRESS_RULE: frozenset({"securityGroupId"}),
+    ROLE: frozenset("name namePrefix path".split()),
+    ROLE_POLICY: frozenset("name namePrefix role".split()),
+    INSTANCE_PROFILE: frozenset("name namePrefix path".split()),
     PRIVATE_KEY: _ALL,
     SELF_SIGNED_CERT: _ALL,
     CERT_REQUEST: _ALL,
@@ -87,8 +93,11 @@ class Provider:
         """Changes the resource in place, from the inputs `old`; returns its outputs."""
         raise NotImplementedError(f"{resource.type} is replaced, not changed")
 
-    def delete(self, type_: str, id_: str, inputs: Inputs) -> None:
-        """Removes the resource; one that is gone already is no error."""
+    def delete(self, type_: str, id_: str, inputs: Inputs, timeout: str) -> None:
+        """Removes the resource; one that is gone already is no error.
+
+        `timeout` is a Go duration such as `5m`, or empty where the program sets none.
+        """
 
     def outdated(self, type_: str, id_: str, outputs: Outputs) -> str:
         """Why an unchanged resource must be made anew, or an empty string."""

@@ -70,6 +70,12 @@ class Recorder:
         raise LookupError(f"no {type_} named {name!r}")
 
 
+_VALIDITY = {
+    "validityStartTime": "2020-01-01T00:00:00Z",
+    "validityEndTime": "2030-01-01T00:00:00Z",
+}
+
+
 def _digest(value: Any) -> bytes:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
 
@@ -91,12 +97,16 @@ def _outputs(resource: Resource, id_: str) -> dict[str, Any]:
             "publicKeyOpenssh": f"ssh-ed25519 {digest.hex()}\n",
             "publicKeyPem": f"public key {id_}\n",
         },
-        providers.SELF_SIGNED_CERT: {"certPem": f"certificate {id_}\n"},
+        providers.SELF_SIGNED_CERT: {"certPem": f"certificate {id_}\n", **_VALIDITY},
         providers.CERT_REQUEST: {"certRequestPem": f"request {id_}\n"},
-        providers.LOCALLY_SIGNED_CERT: {"certPem": f"certificate {id_}\n"},
+        providers.LOCALLY_SIGNED_CERT: {"certPem": f"certificate {id_}\n", **_VALIDITY},
         providers.RANDOM_PASSWORD: {"result": digest.hex()[:48]},
         providers.RANDOM_BYTES: {"base64": base64.b64encode(digest[:16]).decode()},
         providers.COMMAND: {"stdout": "", "stderr": ""},
         providers.VOLUME: {"arn": f"arn:{id_}"},
+        providers.INSTANCE: {"privateIp": f"10.{digest[0]}.{digest[1]}.{digest[2]}"},
+        providers.ROLE: {"name": id_, "arn": f"arn:{id_}"},
+        providers.ROLE_POLICY: {"name": id_},
+        providers.INSTANCE_PROFILE: {"name": id_, "arn": f"arn:{id_}"},
     }
     return {**inputs, **answers.get(resource.type, {})}

@@ -34,6 +34,9 @@ class Record:
     outputs: dict[str, Any]
     custom: bool
     protect: bool = False
+    # What deleting it needs: the URNs of what it depends on, and its own timeout.
+    dependencies: list[str] = field(default_factory=list)
+    timeout_delete: str = ""
     # Counts up over the life of the state: what came later depends on what came before.
     sequence: int = 0
 

@@ -45,7 +45,8 @@ class TlsProvider(Provider):
             )
         return f"{certificate.serial_number:x}", {
             "certPem": certificate.public_bytes(serialization.Encoding.PEM).decode(),
-            "validityEndTime": certificate.not_valid_after_utc.isoformat(),
+            "validityStartTime": _rfc3339(certificate.not_valid_before_utc),
+            "validityEndTime": _rfc3339(certificate.not_valid_after_utc),
             "earlyRenewalHours": inputs.get("earlyRenewalHours", 0),
         }
 
@@ -67,6 +68,10 @@ class TlsProvider(Provider):
         end = datetime.datetime.fromisoformat(outputs["validityEndTime"])
         renewal = end - datetime.timedelta(hours=outputs["earlyRenewalHours"])
         return f"ends {end:%Y-%m-%d}" if datetime.datetime.now(datetime.UTC) >= renewal else ""
+
+
+def _rfc3339(moment: datetime.datetime) -> str:
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _private_key(inputs: Inputs) -> Outputs:

@@ -5,10 +5,11 @@ program's own machines live in these networks but are none of this module's busi
 is the end of both: it removes everything that a sandbox has, and needs no state for it.
 """
 
+import hashlib
 import os
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
@@ -21,7 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sandbox import machine, network
 from sandbox.host import Progress, SandboxError, cgroups, is_alive, run, wait_until
-from sandbox.image import PRIMED_PACKAGES, ensure_exporter_image
+from sandbox.image import (
+    EXPORTER_PACKAGES,
+    PRIMED_PACKAGES,
+    UFW_PACKAGES,
+    Image,
+    ensure_image,
+)
 from sandbox.network import Attachment, Fabric, Network, NetworkModel
 from sandbox.plan import CACHE_DIR, MARKER, NETNS_DIR, Plan, checked_name
 
@@ -39,17 +46,30 @@ class Zone:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A host that the user has already. `name` is its full name in its network's private DNS."""
+    """A host that the user has already. `name` is its full name in its network's private DNS.
+
+    exporter: it has the distribution's node_exporter. ufw: it has a firewall that lets SSH in
+    and nothing else. public: it has a public address, and no firewall but its own.
+    """
 
     name: str
     subnet: str
     address: str
     memory_mib: int = 128
+    exporter: bool = False
+    ufw: bool = False
+    public: bool = False
 
     @property
     def machine(self) -> str:
         """The machine's name: the host's without its domain."""
         return self.name.partition(".")[0]
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What is installed on it beyond the base image."""
+        exporter = EXPORTER_PACKAGES if self.exporter else ()
+        return exporter + (UFW_PACKAGES if self.ufw else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +112,12 @@ class _Reader:
         value = self.left.pop(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise self.error(key, value, f"a whole number of at least {minimum}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.left.pop(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
         return value
 
     def cidr(self, key: str) -> str:
@@ -159,11 +185,13 @@ def load_world(file: Path = WORLD_FILE) -> World:
 
 def _read_network(row: _Reader) -> Network:
     identity, cidr, subnets = row.text("id"), row.cidr("cidr"), row.sub("subnets")
+    nat_gateway = row.flag("natGateway")
     row.done()
     return Network(
         id=identity,
         cidr=cidr,
         subnets={name: subnets.checked_cidr(name, value) for name, value in subnets.left.items()},
+        nat_gateway=nat_gateway,
     )
 
 
@@ -173,6 +201,9 @@ def _read_host(row: _Reader) -> Host:
         subnet=row.text("subnet"),
         address=row.address("address"),
         memory_mib=row.whole("memoryMib", 128, 64),
+        exporter=row.flag("exporter"),
+        ufw=row.flag("ufw"),
+        public=row.flag("public"),
     )
     row.done()
     return host
@@ -216,7 +247,19 @@ def world_key(plan: Plan) -> Path:
 
     The public half is beside it, with the ending .pub.
     """
-    path = plan.state_dir / "world" / "id_ed25519"
+    return _key_pair(plan.state_dir / "world" / "id_ed25519", "given-hosts")
+
+
+def host_key(plan: Plan, host: Host) -> Path:
+    """Return the private SSH host key of a given host, making it where there is none.
+
+    A host has it from its first boot on, so who it is can be told before it boots. The public
+    half is beside it, with the ending .pub.
+    """
+    return _key_pair(plan.state_dir / "world" / f"ssh_host_{host.machine}", host.machine)
+
+
+def _key_pair(path: Path, comment: str) -> Path:
     public = path.with_suffix(".pub")
     if path.exists() and public.exists():
         return path
@@ -231,38 +274,136 @@ def world_key(plan: Plan) -> Path:
             serialization.NoEncryption(),
         )
     )
-    line = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    public.write_bytes(line + b" given-hosts\n")
+    # Last and at once: a pair is complete when both files are there.
+    fresh = public.with_suffix(".new")
+    fresh.write_text(f"{_public_line(key)} {comment}\n")
+    fresh.replace(public)
     return path
 
 
-def _seed(plan: Plan, host: Host) -> dict[str, str]:
-    public_key = world_key(plan).with_suffix(".pub").read_text().strip()
-    user_data = {
+def _public_line(key: Ed25519PrivateKey) -> str:
+    return (
+        key.public_key()
+        .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        .decode()
+    )
+
+
+def _seed(plan: Plan, world: World, host: Host) -> dict[str, str]:
+    own_key = host_key(plan, host)
+    user_data: dict[str, Any] = {
         "hostname": host.machine,
         "fqdn": host.name,
-        "ssh_authorized_keys": [public_key],
-        # One key is quicker to make than three.
-        "ssh_genkeytypes": ["ed25519"],
+        "ssh_authorized_keys": [world_key(plan).with_suffix(".pub").read_text().strip()],
+        "ssh_keys": {
+            "ed25519_private": own_key.read_text(),
+            "ed25519_public": own_key.with_suffix(".pub").read_text().strip(),
+        },
     }
+    if host.ufw:
+        network_range = world.network_of(host.subnet).cidr
+        source = "any" if host.public else network_range
+        user_data["runcmd"] = [
+            ["ufw", "allow", "proto", "tcp", "from", source, "to", "any", "port", "22"],
+            ["ufw", "--force", "enable"],
+        ]
     return {
         "user-data": "#cloud-config\n" + yaml.safe_dump(user_data, sort_keys=False),
         "meta-data": yaml.safe_dump({"instance-id": f"given-{host.machine}"}),
     }
 
 
-def with_world(model: NetworkModel, world: World, *, before: Sequence[str] = ()) -> NetworkModel:
+def public_addresses(plan: Plan, world: World) -> dict[str, str]:
+    """Return the public address of each given host that has one, by the host's full name.
+
+    From the range's end, in the order of the file, as the program's own come from its beginning.
+    """
+    public = [host.name for host in world.hosts if host.public]
+    return dict(zip(public, reversed(plan.eips), strict=False))
+
+
+def _gateways(plan: Plan, world: World) -> dict[str, str]:
+    wanted = [item.id for item in world.networks if item.nat_gateway]
+    if len(wanted) > len(plan.nat_ips):
+        raise SandboxError(
+            f"{len(wanted)} networks of the world have a NAT gateway.",
+            f"The sandbox has addresses for {len(plan.nat_ips)}.",
+        )
+    return dict(zip(wanted, plan.nat_ips, strict=False))
+
+
+def with_world(
+    model: NetworkModel, world: World, plan: Plan, *, before: Sequence[str] = ()
+) -> NetworkModel:
     """Return the model with the world's networks and hosts, and without hosts that are gone."""
-    kept = network.without(model.attachments, *before)
     hosts = {host.machine: _attachment(host) for host in world.hosts}
+    machines = {host.name: host.machine for host in world.hosts}
+    given = {ip: machines[name] for name, ip in public_addresses(plan, world).items()}
+    others = {ip: who for ip, who in model.eips.items() if who not in {*before, *hosts}}
     return replace(
         model,
         networks={item.id: item for item in world.networks},
-        attachments={**kept, **hosts},
+        attachments={**network.without(model.attachments, *before), **hosts},
+        eips={**others, **given},
+        gateways=_gateways(plan, world),
         zones=tuple(dict.fromkeys((*model.zones, world.zone.name))),
     )
+
+
+# What settings may say of the world
+
+
+def resolve_given(
+    config: Mapping[str, Any], plan: Plan, world: World, *, stand_ins: bool = False
+) -> dict[str, Any]:
+    """Return the settings with what only the sandbox knows in the place of `{given: …}`.
+
+    `{given: sshKey}` is the private key of the given hosts, `{given: <host>}` that host's public
+    host key, `{given: <host>/publicAddress}` its address. Raises SandboxError for another name.
+    stand_ins: values that look the same, for a check that may not write any file yet.
+    """
+    known: dict[str, Callable[[], str]] = {
+        "sshKey": lambda: _stand_in("")[0] if stand_ins else world_key(plan).read_text()
+    }
+    for host in world.hosts:
+        known[host.name] = lambda host=host: (
+            _stand_in(host.name)[1]
+            if stand_ins
+            else host_key(plan, host).with_suffix(".pub").read_text().rpartition(" ")[0]
+        )
+    for name, address in public_addresses(plan, world).items():
+        known[f"{name}/publicAddress"] = lambda address=address: address
+
+    def resolved(value: Any, path: str) -> Any:
+        if isinstance(value, Mapping):
+            if set(value) != {"given"}:
+                return {key: resolved(item, f"{path}.{key}") for key, item in value.items()}
+            if str(value["given"]) not in known:
+                raise SandboxError(
+                    f"{path}: the sandbox's world gives no {value['given']!r}.",
+                    f"Name one of: {', '.join(known)}.",
+                )
+            return known[value["given"]]()
+        if isinstance(value, list):
+            return [resolved(item, f"{path}[{number}]") for number, item in enumerate(value)]
+        return value
+
+    return {key: resolved(value, key) for key, value in config.items()}
+
+
+def _stand_in(name: str) -> tuple[str, str]:
+    """A key that nobody has: private and public half, the same for a name on every machine."""
+    key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        # OpenSSH's own format holds random bytes.
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return private.decode(), _public_line(key)
+
+
+# The machines
 
 
 def given_hosts(plan: Plan) -> list[str]:
@@ -277,7 +418,7 @@ def ensure_networks(plan: Plan, world: World, fabric: Fabric) -> bool:
     now = {host.machine for host in world.hosts}
     for gone in sorted(set(before) - now):
         machine.remove(plan, gone)
-    changed = fabric.update(lambda model: with_world(model, world, before=before))
+    changed = fabric.update(lambda model: with_world(model, world, plan, before=before))
     record = plan.state_dir / "world" / "hosts"
     record.parent.mkdir(parents=True, exist_ok=True)
     # Those to come are noted before they exist, so that none is forgotten by a kill.
@@ -300,16 +441,20 @@ def ensure_hosts(
     asleep = [host for host in world.hosts if not machine.is_running(plan, host.machine)]
     if not asleep:
         return []
-    image = ensure_exporter_image(progress, primed_packages=primed_packages)
+    images: dict[tuple[str, ...], Image] = {}
+    for packages in {host.packages for host in asleep}:
+        images[packages] = ensure_image(
+            progress, primed_packages=primed_packages, installed_packages=packages
+        )
     world_key(plan)
 
     def start(host: Host) -> None:
         machine.boot(
             plan,
             host.machine,
-            image=image,
+            image=images[host.packages],
             nameserver=world.network_of(host.subnet).resolver,
-            seed=_seed(plan, host),
+            seed=_seed(plan, world, host),
             memory_mib=host.memory_mib,
             cpus=1,
         )

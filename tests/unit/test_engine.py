@@ -12,7 +12,7 @@ import pytest
 
 from sandbox import providers
 from sandbox.engine import Engine, ProtectedError
-from sandbox.program import Project, Resource, Secret, read_project
+from sandbox.program import Project, Resource, ResourcesFailedError, Secret, read_project
 from sandbox.providers import Inputs, Outputs, Provider
 from sandbox.state import State
 
@@ -39,8 +39,10 @@ class Recording(Provider):
         self.calls.append(("update", resource.name))
         return {**outputs, **inputs}
 
-    def delete(self, type_: str, id_: str, inputs: Inputs) -> None:
-        self.calls.append(("delete", id_))
+    def delete(self, type_: str, id_: str, inputs: Inputs, timeout: str) -> None:
+        self.calls.append(("delete", f"{id_} {timeout}".strip()))
+        if id_ in self.fails:
+            raise RuntimeError(f"{id_} cannot be deleted")
 
     def outdated(self, type_: str, id_: str, outputs: Outputs) -> str:
         return "too old" if id_ in self.old else ""
@@ -164,6 +166,89 @@ def test_a_failure_leaves_the_rest_done_deletes_nothing_and_is_finished_later(
     assert not [call for call in world.told() if call[0] == "delete"]
     world.provider.fails = set()
     assert world.up(more) == "1 created, 2 deleted"
+
+
+CHAINS = """
+def chain(name):
+    first = aws.ec2.Eip(f"{name}-1", domain="vpc")
+    second = aws.ec2.Eip(f"{name}-2", domain="vpc", opts=Opts(depends_on=[first]))
+    aws.ec2.Eip(f"{name}-3", domain="vpc", opts=Opts(depends_on=[second]))
+for name in "abcd":
+    chain(name)
+"""
+
+
+def test_what_does_not_depend_on_a_failure_is_done_and_every_failure_is_told(
+    world: World,
+) -> None:
+    world.provider.fails = {"a-1", "c-2"}
+    with pytest.raises(ResourcesFailedError) as told:
+        world.up(CHAINS)
+    assert str(told.value).splitlines() == [
+        "2 resources failed:",
+        "a-1: a-1 cannot be made",
+        "c-2: c-2 cannot be made",
+    ]
+    tried = {name for _, name in world.told()}
+    assert tried == {"a-1", "c-1", "c-2", *(f"{chain}-{n}" for chain in "bd" for n in (1, 2, 3))}
+    world.provider.fails = set()
+    assert world.up(CHAINS) == "5 created"
+    assert {name for _, name in world.told()} == {"a-1", "a-2", "a-3", "c-2", "c-3"}
+
+
+def test_what_was_called_off_is_not_told_as_a_failure(world: World) -> None:
+    engine = world.engine()
+
+    def fail_and_stop(resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
+        engine.cancelled.set()
+        raise RuntimeError(f"{resource.name} cannot be made")
+
+    world.provider.create = fail_and_stop
+    with pytest.raises(RuntimeError, match="cannot be made"):
+        engine.up(world.project('aws.ec2.Eip("a", domain="vpc")'))
+    again = world.engine()
+    again.cancelled.set()
+    with pytest.raises(InterruptedError):
+        again.up(world.project('aws.ec2.Eip("a", domain="vpc")'))
+
+
+def test_a_deletion_that_fails_keeps_what_it_needs_and_stops_no_other(world: World) -> None:
+    world.up(CHAINS)
+    ids = {r.name: r.id for r in world.engine()._state.records.values()}
+    world.told()
+    world.provider.fails = {ids["a-2"], ids["c-3"]}
+    with pytest.raises(ResourcesFailedError) as told:
+        world.up("")
+    assert {f"a-2: {ids['a-2']} cannot be deleted", f"c-3: {ids['c-3']} cannot be deleted"} < set(
+        str(told.value).splitlines()
+    )
+    left = {r.name for r in world.engine()._state.records.values()}
+    assert left == {"a-1", "a-2", "c-1", "c-2", "c-3"}
+    world.provider.fails = set()
+    assert world.up("") == "5 deleted"
+
+
+def test_a_deletion_has_the_timeout_that_the_program_gave_last(world: World) -> None:
+    program = """
+    aws.ec2.Eip("a", domain="vpc", opts=Opts(
+        custom_timeouts=pulumi.CustomTimeouts(delete="{}")))
+    """
+    world.up(program.format("5m"))
+    assert world.up(program.format("7m")) == "no changes"
+    world.told()
+    world.up("")
+    assert world.told() == [("delete", "id-1 7m")]
+
+
+def test_nothing_is_deleted_where_one_of_it_is_protected(world: World) -> None:
+    world.up(
+        'aws.ebs.Volume("data", availability_zone="z", size=4, opts=Opts(protect=True))\n'
+        'aws.ec2.Eip("a", domain="vpc")\n'
+    )
+    world.told()
+    with pytest.raises(ProtectedError):
+        world.up("")
+    assert world.told() == []
 
 
 def test_a_protected_resource_is_neither_replaced_nor_deleted(world: World) -> None:

@@ -106,6 +106,42 @@ def test_only_who_has_a_public_address_gets_out(model: NetworkModel):
     assert out not in render_router(model, "vpc-hq").split("chain forward")[1]
 
 
+GATEWAY = "203.0.113.4"
+
+
+def test_a_nat_gateway_lets_out_who_has_no_public_address_and_nobody_in(model: NetworkModel):
+    model = replace(model, gateways={"vpc-dublin": GATEWAY})
+    rules = render_router(model, "vpc-dublin")
+    out = chain(rules, "translate_out")
+    # Who has an address of its own comes first and keeps it.
+    assert out[1:] == [
+        f'oifname "inet" snat ip to ip saddr map {{ {SLAVE_IP} : 198.51.100.1 }}',
+        f'oifname "inet" ip saddr 10.20.0.0/16 snat ip to {GATEWAY}',
+    ]
+    assert GATEWAY not in "".join(chain(rules, "translate_in"))
+    assert chain(rules, "forward")[-1] == (
+        'iifname != "inet" oifname "inet" ip saddr 10.20.0.0/16 accept'
+    )
+    assert chain(rules, f"in_{CORE}") == ["ip saddr { 10.20.0.0/16 } accept", "counter drop"]
+    assert chain(rules, f"out_{CORE}")[1:] == ["meta nfproto ipv4 return", "counter drop"]
+    assert GATEWAY not in render_router(model, "vpc-hq")
+
+
+def test_without_a_nat_gateway_a_given_host_stays_inside(model: NetworkModel):
+    assert chain(render_router(model, "vpc-dublin"), f"out_{CORE}")[1:] == [
+        "ip daddr { 10.20.0.0/16 } return",
+        "counter drop",
+    ]
+
+
+def test_a_given_host_with_a_public_address_is_open_to_all(model: NetworkModel):
+    model = replace(model, eips={**model.eips, "198.51.100.62": "core01"})
+    rules = render_router(model, "vpc-dublin")
+    assert chain(rules, f"in_{CORE}") == ["meta nfproto ipv4 accept", "counter drop"]
+    assert chain(rules, f"out_{CORE}")[1:] == ["meta nfproto ipv4 return", "counter drop"]
+    assert f"198.51.100.62 : {CORE_IP}" in rules
+
+
 def test_an_eip_takes_the_place_of_a_temporary_address(model: NetworkModel):
     model = replace(model, temporary={"slave": "203.0.113.8", "master": "203.0.113.9"})
     assert model.public_addresses("vpc-dublin") == {"198.51.100.1": SLAVE_IP}
@@ -166,6 +202,7 @@ def test_a_free_address_is_one_that_nobody_has(model: NetworkModel):
 
 
 def test_a_model_is_read_as_it_was_written(model: NetworkModel, tmp_path: Path):
+    model = replace(model, gateways={"vpc-dublin": GATEWAY})
     write_model(tmp_path / "m.json", model)
     assert read_model(tmp_path / "m.json") == model
     assert read_model(tmp_path / "none.json") == NetworkModel()

@@ -29,7 +29,7 @@ def test_each_address_of_a_slot_has_one_purpose(tmp_path: Path):
     plan = Plan(1, tmp_path)
     used = [
         *(plan.operator_ip, plan.inet_ip, plan.releases_ip),
-        *(*plan.temporary_ips, *plan.stranger_ips, *plan.eips),
+        *(*plan.nat_ips, *plan.temporary_ips, *plan.stranger_ips, *plan.eips),
     ]
     assert len(used) == len(set(used))
 
