@@ -6,7 +6,6 @@ makes a value acceptable. It knows nothing of AWS resources and makes none.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from collections import Counter
@@ -24,26 +23,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
 
-from hostfiles.duration import milliseconds
-from hostfiles.model import Job, Release
+from hostfiles.model import Release
+from job_settings import HostAccess, JobSettings, check_jobs
+from setting_types import Cidr, DomainName, Duration, HostLabel, Model, Password, SubnetId
 
 NAMESPACE = "prometheus-federation"
 
 # Ports of the documents in seeds/; both are what firewalls, certificates and URLs agree on.
 FEDERATION_PORT = 9095
 UI_PORT = 443
-
-# 24 characters of [A-Za-z0-9] are 142 bits: out of reach for guessing even behind a cheap hash.
-PASSWORD_MIN = 24
-# bcrypt reads 72 bytes and no more (bcrypt 5 raises beyond them).
-PASSWORD_MAX = 72
 
 
 def _official(name: str, version: str, sha256: str) -> Release:
@@ -69,18 +62,8 @@ RELEASES = {
 _MEMORY_OF_LARGE = {"t": 8192, "m": 8192, "c": 4096, "r": 16384}
 _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large": 1}
 
-# Keys of scrape_config that a job may carry as they are. Left out: what this program sets itself
-# and what would put a secret into user-data or switch a check off.
-# https://prometheus.io/docs/prometheus/latest/configuration/configuration/#scrape_config
-JOB_OPTIONS = frozenset(
-    "scrape_interval scrape_timeout scrape_protocols fallback_scrape_protocol metrics_path params "
-    "scheme honor_labels honor_timestamps track_timestamps_staleness follow_redirects enable_http2 "
-    "enable_compression relabel_configs metric_relabel_configs sample_limit label_limit "
-    "label_name_length_limit label_value_length_limit target_limit body_size_limit "
-    "scrape_classic_histograms always_scrape_classic_histograms scrape_native_histograms "
-    "native_histogram_bucket_limit native_histogram_min_bucket_factor keep_dropped_targets "
-    "metric_name_validation_scheme".split()
-)
+# Keys, at any depth, whose values no error shows.
+_SECRET_KEYS = frozenset({"password", "privateKey", "key", "credentials"})
 
 
 class SettingsError(pulumi.RunError):
@@ -88,66 +71,6 @@ class SettingsError(pulumi.RunError):
 
     A RunError ends the program with this text alone, without a stack trace.
     """
-
-
-def _domain_name(value: str) -> str:
-    label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-    if len(value) > 253 or not re.fullmatch(rf"{label}(\.{label})+", value):
-        raise ValueError("is not a domain name; write it like example.com")
-    return value
-
-
-def _host_label(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
-        raise ValueError(
-            "is not a host name; use up to 63 lower-case letters, digits and hyphens, "
-            "without the zone"
-        )
-    return value
-
-
-def _cidr(value: str) -> str:
-    try:
-        return str(ipaddress.IPv4Network(value))
-    except ValueError as error:
-        raise ValueError(
-            f"is not an IPv4 network ({error}); write it like 203.0.113.7/32"
-        ) from None
-
-
-def _duration(value: str) -> str:
-    try:
-        milliseconds(value)
-    except ValueError:
-        raise ValueError("is not a Prometheus duration; write it like 15s, 1m30s or 30d") from None
-    return value
-
-
-def _target(value: str) -> str:
-    host, colon, port = value.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError("has no port; write it like core01.example.internal:9100")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
-        raise ValueError("has no host name or IPv4 address; write it like core01.internal:9100")
-    return value
-
-
-def _label_name(value: str) -> str:
-    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", value) or value.startswith("__"):
-        raise ValueError("is not a label name; use letters, digits and _, not __ in front")
-    return value
-
-
-def _password(value: SecretStr) -> SecretStr:
-    length = len(value.get_secret_value().encode())
-    if not PASSWORD_MIN <= length <= PASSWORD_MAX:
-        raise ValueError(
-            f"has {length} bytes; give it {PASSWORD_MIN} to {PASSWORD_MAX}, "
-            "or leave it out and a random one is made"
-        )
-    if not re.fullmatch(r"[!-9;-~]+", value.get_secret_value()):
-        raise ValueError("holds a blank, a colon or a character beyond ASCII; leave these out")
-    return value
 
 
 def _memory_of(instance_type: str) -> int:
@@ -175,57 +98,17 @@ def _none_if_empty(value: Any) -> Any:
     return None if value in ({}, "") else value
 
 
-DomainName = Annotated[str, AfterValidator(_domain_name)]
-HostLabel = Annotated[str, AfterValidator(_host_label)]
-Cidr = Annotated[str, AfterValidator(_cidr)]
-Duration = Annotated[str, AfterValidator(_duration)]
-Target = Annotated[str, AfterValidator(_target)]
-LabelName = Annotated[str, AfterValidator(_label_name)]
-Password = Annotated[SecretStr, AfterValidator(_password)]
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
-SubnetId = Annotated[str, Field(pattern=r"^subnet-[a-z0-9-]+$")]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=to_camel, hide_input_in_errors=False
-    )
+class RotationSettings(Model):
+    """Numbers that say how often a secret was renewed on purpose: one more, and it is renewed."""
+
+    exporter_password: Annotated[int, Field(ge=1)] = 1
+    leaf_certificates: Annotated[int, Field(ge=1)] = 1
 
 
-class JobSettings(_Model):
-    """A scrape job. Keys beside name, targets and labels are Prometheus's own, by its own names."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", alias_generator=None)
-
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
-    labels: Mapping[LabelName, str] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _known_options(self) -> JobSettings:
-        for key in self.model_extra or {}:
-            if key not in JOB_OPTIONS:
-                raise ValueError(
-                    f"holds the key {key!r}, which a job may not have; it takes name, targets, "
-                    f"labels and these of Prometheus's scrape_config: "
-                    f"{', '.join(sorted(JOB_OPTIONS))}"
-                )
-        for key in ("scrape_interval", "scrape_timeout"):
-            if key in (self.model_extra or {}):
-                _duration(str((self.model_extra or {})[key]))
-        return self
-
-    def job(self) -> Job:
-        """The same job as the renderers take it."""
-        return Job(
-            name=self.name,
-            targets=self.targets,
-            labels=dict(self.labels),
-            options=dict(self.model_extra or {}),
-        )
-
-
-class HostSettings(_Model):
+class HostSettings(Model):
     """What a slave and a master may both say of their host.
 
     `generation`, bumped, makes a new instance beside the old one from today's user-data.
@@ -241,20 +124,33 @@ class HostSettings(_Model):
     # Where the targets of `jobs` are, for the egress rules; empty: anywhere in the host's own VPC.
     target_cidrs: tuple[Cidr, ...] = ()
     password: Password | None = None
+    host_access: HostAccess | None = None
+    rotation: RotationSettings = RotationSettings()
+
+    @property
+    def jump_ports(self) -> tuple[int, ...]:
+        """The SSH ports of hosts that are reached through this server."""
+        if self.host_access is None:
+            return ()
+        hosts = [host for job in self.jobs for host in job.hosts]
+        through = [host for host in hosts if self.host_access.of(host).jump]
+        ports = {self.host_access.of(host).port for host in through}
+        # Also without any host: the last one that leaves is reached once more.
+        return tuple(sorted(ports | ({self.host_access.port} if self.host_access.jump else set())))
 
     @field_validator("jobs")
     @classmethod
-    def _unique_jobs(cls, jobs: tuple[JobSettings, ...]) -> tuple[JobSettings, ...]:
-        reserved = {"prometheus", "node", "federate"}
-        for name, count in Counter(job.name for job in jobs).items():
-            if count > 1:
-                raise ValueError(f"holds {count} jobs named {name!r}; give each its own name")
-            if name in reserved or name.startswith("federate-"):
-                raise ValueError(
-                    f"holds a job named {name!r}, which is the program's own; name it otherwise "
-                    f"(reserved: {', '.join(sorted(reserved))}, and federate-…)"
-                )
-        return jobs
+    def _sound_jobs(cls, jobs: tuple[JobSettings, ...]) -> tuple[JobSettings, ...]:
+        return check_jobs(jobs)
+
+    @model_validator(mode="after")
+    def _hosts_are_reachable(self) -> HostSettings:
+        if self.host_access is None and any(job.hosts for job in self.jobs):
+            raise ValueError(
+                "has jobs with hosts, and no hostAccess to reach them; add hostAccess with user "
+                "and privateKey, or list the hosts as plain targets"
+            )
+        return self
 
 
 class SlaveSettings(HostSettings):
@@ -269,14 +165,14 @@ class MasterSettings(HostSettings):
     """The master Prometheus of this environment."""
 
 
-class ExistingMasterSettings(_Model):
+class ExistingMasterSettings(Model):
     """A Prometheus that someone else runs and that will federate the slaves of this environment."""
 
     host: DomainName
     cidrs: Annotated[tuple[Cidr, ...], Field(min_length=1)]
 
 
-class ReleaseSettings(_Model):
+class ReleaseSettings(Model):
     """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
@@ -284,14 +180,14 @@ class ReleaseSettings(_Model):
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
-class ReleasesSettings(_Model):
+class ReleasesSettings(Model):
     """Releases by program."""
 
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
 
 
-class Settings(_Model):
+class Settings(Model):
     """An environment. Every field is a key of Pulumi.yaml, where its meaning and default stand."""
 
     zone: DomainName
@@ -349,6 +245,18 @@ class Settings(_Model):
             )
         if self.master is not None and self.master.host in {slave.host for slave in self.slaves}:
             raise ValueError(f"master and a slave are both named {self.master.host!r}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_no_monitored_hosts(self) -> Settings:
+        servers = [*self.slaves, *([self.master] if self.master else [])]
+        names = {self.fqdn(server) for server in servers}
+        for host in (host for server in servers for job in server.jobs for host in job.hosts):
+            if host.host in names:
+                raise ValueError(
+                    f"{host.host} is a server of this environment and has a node_exporter by "
+                    "itself; take it out of the job's hosts"
+                )
         return self
 
     def instance_type_of(self, host: HostSettings) -> str:
@@ -503,7 +411,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: is missing; set it"
     value = problem["input"]
-    if "password" in location.lower():
+    if set(map(str, problem["loc"])) & _SECRET_KEYS:
         shown = "(not shown)"
     elif isinstance(value, (str, int, float)):
         shown = repr(value)

@@ -77,3 +77,27 @@ class RandomCredential(pulumi.ComponentResource):
             )
         )
         self.register_outputs({})
+
+
+class RotatingCredential(pulumi.ComponentResource):
+    """Two random passwords under two user names: the one in use, and the next one.
+
+    Servers take both, clients send `current`. One generation more makes today's `next` the current
+    one: clients may change before their servers do, and no request is refused in between.
+    """
+
+    current: Output[Credential]
+    next: Output[Credential]
+
+    def __init__(
+        self, name: str, user: str, generation: int, opts: ResourceOptions | None = None
+    ) -> None:
+        super().__init__("prometheus-federation:index:RotatingCredential", name, None, opts)
+        child_opts = ResourceOptions(parent=self)
+        self.current, self.next = (
+            RandomCredential(
+                f"{name}-{number}", user if number == 1 else f"{user}-{number}", opts=child_opts
+            ).credential
+            for number in (generation, generation + 1)
+        )
+        self.register_outputs({})

@@ -29,7 +29,7 @@ class ExistingMaster(pulumi.ComponentResource):
         super().__init__("prometheus-federation:index:ExistingMaster", name, None, opts)
         self.leaf = LeafCertificate(
             name,
-            LeafArgs(common_name=settings.host, server=False, client=True),
+            LeafArgs(common_name=settings.host, generation=1, server=False, client=True),
             environment.authority,
             opts=ResourceOptions(parent=self),
         ).leaf

@@ -7,6 +7,7 @@ and the secret files it is given.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import pulumi_command as command
 import pulumi_tls as tls
 from pulumi import CustomTimeouts, Input, Output, ResourceOptions
 
-from components.credentials import RandomCredential
+from components.credentials import RandomCredential, RotatingCredential
 from components.environment import Environment
 from components.firewall import Firewall, TableOf
 from components.lookups import IMAGES
@@ -35,6 +36,8 @@ ROOT_VOLUME_GIB = 8
 FIRST_CONTACT_TIMEOUT = "15m"
 # Validators, restarts and Prometheus's replay of its log.
 DELIVERY_TIMEOUT = "15m"
+# One attempt to connect; attempts follow each other until the command's time is up.
+DIAL_SECONDS = 15
 
 S = TypeVar("S", bound=Server)
 T = TypeVar("T", bound=ServerSecrets)
@@ -97,6 +100,11 @@ class Host(pulumi.ComponentResource):
     address: HostAddress
     firewall: Firewall
     host_key: Output[str]
+    # What monitored hosts ask for; None if no job sends it.
+    exporters: RotatingCredential | None
+    # Once `boot` has run: the instance's address in its VPC, and its last delivery.
+    private_ip: Output[str]
+    delivered: command.remote.Command
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class Host(pulumi.ComponentResource):
         )
         self._volume = self._create_volume()
         self._leaves = self._create_leaves()
+        self.exporters = self._create_exporters()
         self._local = RandomCredential(f"{name}-local", LOCAL_USER, opts=self._child_opts)
 
     def boot(self, files: Output[HostFiles], secret_files: Output[tuple[File, ...]]) -> None:
@@ -145,6 +154,7 @@ class Host(pulumi.ComponentResource):
             ).decode()
         )
         instance = self._create_instance(user_data)
+        self.private_ip = instance.private_ip
         attached = self._attach(instance)
         bootstrap = self._create_command(
             "first-contact",
@@ -155,7 +165,7 @@ class Host(pulumi.ComponentResource):
             timeout=FIRST_CONTACT_TIMEOUT,
             depends_on=[*attached, self.firewall],
         )
-        self._create_command(
+        self.delivered = self._create_command(
             "bundle",
             instance,
             host_key=permanent.public_key_openssh,
@@ -174,6 +184,7 @@ class Host(pulumi.ComponentResource):
         return Output.all(
             volume_id=self._volume.id,
             ca_bundle=self._environment.authority.bundle,
+            ca_not_after=self._environment.authority.not_after,
             rules=self.firewall.rules,
         ).apply(
             lambda known: kind(
@@ -187,6 +198,7 @@ class Host(pulumi.ComponentResource):
                 evaluation_interval=settings.evaluation_interval,
                 retention_time=settings.retention_time,
                 rule_files=settings.rule_file_contents(),
+                jump_ports=self._host.jump_ports,
                 **known,
                 **special,
             )
@@ -200,6 +212,8 @@ class Host(pulumi.ComponentResource):
                 nginx_leaf=self._leaves.nginx.leaf,
                 node_exporter_leaf=self._leaves.node_exporter.leaf,
                 local=self._local.credential,
+                exporter=self.exporters.current if self.exporters else None,
+                jobs={job.name: job.secrets() for job in self._host.jobs},
                 remote=[remote.credential],
                 **special,
             ).apply(lambda known: kind(**known))
@@ -213,7 +227,20 @@ class Host(pulumi.ComponentResource):
             "publicIp": self.address.public_ip,
             "sshCommand": f"ssh -i operator.key {self._user}@{self.address.fqdn}",
             "sshHostKey": self.host_key,
+            "securityGroupId": self.firewall.security_group_id,
         }
+
+    @property
+    def jump(self) -> command.remote.ProxyConnectionArgs:
+        """This machine as a jump host."""
+        return command.remote.ProxyConnectionArgs(
+            host=self.address.public_ip,
+            user=self._user,
+            private_key=Output.secret(self._environment.ssh_key.private_key_openssh),
+            host_key=self.host_key,
+            dial_error_limit=-1,
+            per_dial_timeout=DIAL_SECONDS,
+        )
 
     @property
     def _user(self) -> str:
@@ -233,13 +260,14 @@ class Host(pulumi.ComponentResource):
 
     def _create_leaves(self) -> Leaves:
         authority = self._environment.authority
-        fqdn = self.address.fqdn
+        fqdn, generation = self.address.fqdn, self._host.rotation.leaf_certificates
         return Leaves(
             # Server on loopback, and client towards exporters and slaves.
             prometheus=LeafCertificate(
                 f"{self._name}-prometheus",
                 LeafArgs(
                     common_name=fqdn,
+                    generation=generation,
                     more_names=["localhost"],
                     ip_addresses=["127.0.0.1"],
                     client=True,
@@ -249,16 +277,35 @@ class Host(pulumi.ComponentResource):
             ),
             nginx=LeafCertificate(
                 f"{self._name}-nginx",
-                LeafArgs(common_name=fqdn, ip_addresses=[self.address.public_ip]),
+                LeafArgs(
+                    common_name=fqdn,
+                    generation=generation,
+                    ip_addresses=[self.address.public_ip],
+                ),
                 authority,
                 opts=self._child_opts,
             ),
             node_exporter=LeafCertificate(
                 f"{self._name}-node-exporter",
-                LeafArgs(common_name=fqdn, more_names=["localhost"], ip_addresses=["127.0.0.1"]),
+                LeafArgs(
+                    common_name=fqdn,
+                    generation=generation,
+                    more_names=["localhost"],
+                    ip_addresses=["127.0.0.1"],
+                ),
                 authority,
                 opts=self._child_opts,
             ),
+        )
+
+    def _create_exporters(self) -> RotatingCredential | None:
+        if not any(job.access.credential == "own" for job in self._host.jobs):
+            return None
+        return RotatingCredential(
+            f"{self._name}-exporters",
+            "prometheus",
+            self._host.rotation.exporter_password,
+            opts=self._child_opts,
         )
 
     def _create_host_key(self, purpose: str) -> tls.PrivateKey:
@@ -280,6 +327,7 @@ class Host(pulumi.ComponentResource):
             opts=self._child_opts,
         )
         instance_type = settings.instance_type_of(self._host)
+        profile = self._create_profile()
         return aws.ec2.Instance(
             f"{self._name}-{self._host.generation}",
             ami=self._environment.lookups.image(self._host),
@@ -287,6 +335,7 @@ class Host(pulumi.ComponentResource):
             subnet_id=self._network.subnet_id,
             vpc_security_group_ids=[self.firewall.security_group_id],
             key_name=key_pair.key_name,
+            iam_instance_profile=profile.name if profile else None,
             # Until the Elastic IP is there, packages come over a passing public address.
             associate_public_ip_address=True,
             user_data_base64=user_data,
@@ -312,6 +361,58 @@ class Host(pulumi.ComponentResource):
                 # and `generation` the way to a new instance.
                 ignore_changes=["userDataBase64", "ami"],
             ),
+        )
+
+    def _create_profile(self) -> aws.iam.InstanceProfile | None:
+        """Where a job discovers instances: the right to describe those of its regions.
+
+        These actions know no ARNs, so the region is what limits them.
+        https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonec2.html
+        """
+        regions = sorted({entry.region for job in self._host.jobs for entry in job.ec2_sd_configs})
+        if not regions:
+            return None
+        role = aws.iam.Role(
+            f"{self._name}-discovery",
+            name_prefix=f"{self._environment.prefix}-"[:38],
+            assume_role_policy=json.dumps(
+                {
+                    "Version": "2012-10-17",
+                    "Statement": [
+                        {
+                            "Effect": "Allow",
+                            "Action": "sts:AssumeRole",
+                            "Principal": {"Service": "ec2.amazonaws.com"},
+                        }
+                    ],
+                }
+            ),
+            tags=self._environment.tags(f"{self._name}-discovery"),
+            opts=self._child_opts,
+        )
+        aws.iam.RolePolicy(
+            f"{self._name}-discovery",
+            role=role.name,
+            policy=json.dumps(
+                {
+                    "Version": "2012-10-17",
+                    "Statement": [
+                        {
+                            "Effect": "Allow",
+                            "Action": ["ec2:DescribeAvailabilityZones", "ec2:DescribeInstances"],
+                            "Resource": "*",
+                            "Condition": {"StringEquals": {"ec2:Region": regions}},
+                        }
+                    ],
+                }
+            ),
+            opts=self._child_opts,
+        )
+        return aws.iam.InstanceProfile(
+            f"{self._name}-discovery",
+            role=role.name,
+            tags=self._environment.tags(f"{self._name}-discovery"),
+            opts=self._child_opts,
         )
 
     def _attach(self, instance: aws.ec2.Instance) -> list[pulumi.Resource]:
@@ -356,7 +457,7 @@ class Host(pulumi.ComponentResource):
                 host_key=host_key,
                 # Refused dials use up a limit of tries at once; custom_timeouts bounds the wait.
                 dial_error_limit=-1,
-                per_dial_timeout=15,
+                per_dial_timeout=DIAL_SECONDS,
             ),
             create=run,
             update=run,

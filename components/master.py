@@ -12,6 +12,7 @@ from components.environment import Environment
 from components.firewall import Table, TableOf
 from components.host import Host, HostAddress
 from components.lookups import Network
+from components.node_exporter import monitor
 from components.slave import Slave
 from hostfiles import firewall, master
 from hostfiles.model import MasterSecrets, MasterServer
@@ -65,6 +66,7 @@ class Master(pulumi.ComponentResource):
             server.apply(master.host_files),
             Output.all(server, secrets).apply(lambda pair: master.secret_files(*pair)),
         )
+        monitor(settings, self.host, name, environment, opts=child_opts)
         self.register_outputs(self.outputs)
 
     @property
@@ -87,6 +89,7 @@ def _table(settings: MasterSettings, environment: Environment) -> TableOf:
             vpc_cidr=network.vpc_cidr,
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
+            jump_ports=settings.jump_ports,
         )
 
     return with_network

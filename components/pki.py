@@ -6,8 +6,10 @@ does not know what a certificate is used for.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import pulumi
 import pulumi_tls as tls
@@ -25,9 +27,13 @@ LEAF_EARLY_RENEWAL_HOURS = 30 * 24
 
 @dataclass(frozen=True, kw_only=True)
 class LeafArgs:
-    """What a leaf certificate says. The common name is also its first DNS name."""
+    """What a leaf certificate says. The common name is also its first alternative name.
+
+    `generation`, one higher, makes another key and certificate.
+    """
 
     common_name: str
+    generation: int
     ip_addresses: Sequence[Input[str]] = ()
     more_names: Sequence[str] = ()
     server: bool = True
@@ -37,10 +43,12 @@ class LeafArgs:
 class CertificateAuthority(pulumi.ComponentResource):
     """A private CA.
 
-    `bundle` is the PEM of all CA certificates that hosts are to trust.
+    `bundle` is the PEM of all CA certificates that hosts are to trust; `not_after` the Unix time
+    at which the first of them ends.
     """
 
     bundle: Output[str]
+    not_after: Output[int]
 
     def __init__(self, name: str, opts: ResourceOptions | None = None) -> None:
         super().__init__("prometheus-federation:index:CertificateAuthority", name, None, opts)
@@ -61,6 +69,7 @@ class CertificateAuthority(pulumi.ComponentResource):
             opts=child_opts,
         )
         self.bundle = self.certificate.cert_pem
+        self.not_after = self.certificate.validity_end_time.apply(_timestamp)
         self.register_outputs({"bundle": self.bundle})
 
 
@@ -81,6 +90,11 @@ class LeafCertificate(pulumi.ComponentResource):
     ) -> None:
         super().__init__("prometheus-federation:index:LeafCertificate", name, None, opts)
         child_opts = ResourceOptions(parent=self)
+        # Named by generation: the new pair is there before the old one goes.
+        if args.generation > 1:
+            name = f"{name}-{args.generation}"
+        names = [args.common_name, *args.more_names]
+        addresses = [name for name in names if _is_address(name)]
         key = tls.PrivateKey(f"{name}-key", algorithm="ECDSA", ecdsa_curve="P256", opts=child_opts)
         key_pem = Output.secret(key.private_key_pem)
         request = tls.CertRequest(
@@ -89,8 +103,8 @@ class LeafCertificate(pulumi.ComponentResource):
             subject=tls.CertRequestSubjectArgs(
                 common_name=args.common_name, organization=ORGANIZATION
             ),
-            dns_names=[args.common_name, *args.more_names],
-            ip_addresses=list(args.ip_addresses),
+            dns_names=[name for name in names if name not in addresses],
+            ip_addresses=[*addresses, *args.ip_addresses],
             opts=child_opts,
         )
         certificate = tls.LocallySignedCert(
@@ -109,8 +123,22 @@ class LeafCertificate(pulumi.ComponentResource):
             opts=child_opts,
         )
         self.leaf = Output.secret(
-            Output.all(certificate.cert_pem, key_pem).apply(
-                lambda pair: Leaf(certificate=pair[0], key=pair[1])
+            Output.all(certificate.cert_pem, key_pem, certificate.validity_end_time).apply(
+                lambda known: Leaf(
+                    certificate=known[0], key=known[1], not_after=_timestamp(known[2])
+                )
             )
         )
         self.register_outputs({})
+
+
+def _timestamp(rfc3339: str) -> int:
+    return int(datetime.fromisoformat(rfc3339).timestamp())
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.IPv4Address(name)
+    except ipaddress.AddressValueError:
+        return False
+    return True

@@ -12,6 +12,7 @@ from components.environment import Environment
 from components.firewall import Table, TableOf
 from components.host import Host, HostAddress
 from components.lookups import Network
+from components.node_exporter import monitor
 from hostfiles import firewall, slave
 from hostfiles.model import FederatedSite, ServerSecrets, SlaveServer
 from settings import FEDERATION_PORT, Settings, SlaveSettings
@@ -92,6 +93,7 @@ class Slave(pulumi.ComponentResource):
             server.apply(slave.host_files),
             Output.all(server, secrets).apply(lambda pair: slave.secret_files(*pair)),
         )
+        monitor(settings, self.host, name, environment, opts=child_opts)
         self.register_outputs(self.outputs)
 
     @property
@@ -114,6 +116,7 @@ def _table(settings: SlaveSettings, master: FederatingMaster, environment: Envir
             vpc_cidr=network.vpc_cidr,
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
+            jump_ports=settings.jump_ports,
         )
 
     return with_network

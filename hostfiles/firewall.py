@@ -36,12 +36,15 @@ def slave_rules(
     vpc_cidr: str,
     jobs: Iterable[Job],
     target_cidrs: Sequence[str] = (),
+    jump_ports: Sequence[int] = (),
 ) -> tuple[Rule, ...]:
     """A slave: its master on the federation port, operators on SSH, out to its targets.
 
-    Targets that are named by host are reached in `target_cidrs`, or in the VPC if there are none.
+    Targets that are named by host are reached in `target_cidrs`, or in the VPC if there are none;
+    so are the SSH ports of monitored hosts.
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
+    base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
     return (
         # Numbered, not named by address: a master's address is known only after `up` began.
         *(
@@ -69,12 +72,14 @@ def master_rules(
     slaves: Mapping[str, tuple[str, int]],
     jobs: Iterable[Job],
     target_cidrs: Sequence[str] = (),
+    jump_ports: Sequence[int] = (),
 ) -> tuple[Rule, ...]:
     """A master: operators on its pages and on SSH, out to each slave and to its own targets.
 
     `slaves` gives the CIDR and port of each site, by site.
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
+    base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
     return (
         *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
         *base,
@@ -171,6 +176,16 @@ def _each(
     )
 
 
+def _jumps(ports: Sequence[int], cidrs: Sequence[str]) -> tuple[Rule, ...]:
+    """Out to the SSH of monitored hosts. Not by address: a host that leaves the settings is gone
+    from them before node_exporter is taken off it."""
+    return tuple(
+        rule
+        for port in ports
+        for rule in _each("egress", f"out-ssh-{port}", port, cidrs, "SSH to monitored hosts")
+    )
+
+
 def _targets(
     jobs: Iterable[Job], named_cidrs: Sequence[str], others: Iterable[Rule]
 ) -> tuple[Rule, ...]:
@@ -183,9 +198,11 @@ def _targets(
         for target in job.targets:
             host, _, port = target.rpartition(":")
             try:
-                wanted.add((int(port), f"{ipaddress.IPv4Address(host)}/32"))
+                address = ipaddress.IPv4Address(job.addresses.get(target, host))
+                wanted.add((int(port), f"{address}/32"))
             except ipaddress.AddressValueError:
                 wanted.update((int(port), cidr) for cidr in named_cidrs)
+        wanted.update((port, cidr) for port in job.discovered_ports for cidr in named_cidrs)
     allowed = {
         (rule.port, rule.cidr)
         for rule in others

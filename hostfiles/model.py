@@ -44,16 +44,48 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Access:
+    """How a job comes in at its targets. `own` is what this stack gives its own hosts.
+
+    `ca` and `client` are `own`, a PEM text, or None (`ca` may be `system`: the public roots).
+    `credential` says which: the exporters' password, or one that settings gave.
+    """
+
+    scheme: Literal["https", "http"] = "https"
+    ca: str | None = "own"
+    client: str | None = "own"
+    credential: Literal["own", "basic", "authorization"] | None = "own"
+    user: str = ""
+    authorization_type: str = ""
+    server_name: str | None = None
+    min_version: str = "TLS12"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A scrape job: its targets and labels, and any other key of Prometheus's own scrape_config.
 
+    `addresses` are those of targets whose name is not one; `discovery` holds Prometheus's own
+    `…_sd_configs`, and `discovered_ports` where their targets listen.
     https://prometheus.io/docs/prometheus/latest/configuration/configuration/#scrape_config
     """
 
     name: str
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    addresses: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    discovery: Mapping[str, Any] = field(default_factory=dict)
+    discovered_ports: tuple[int, ...] = ()
+    access: Access = field(default_factory=Access)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSecrets:
+    """What settings gave a job: the key of its client certificate, and a password or token."""
+
+    key: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +105,10 @@ class FederatedSite:
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
-    `ca_bundle` is the PEM of every CA certificate that is trusted. `memory_mib` is the instance
+    `ca_bundle` is the PEM of every CA certificate that is trusted, `ca_not_after` the end of the
+    first that ends, in Unix seconds. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
+    `jump_ports` are the SSH ports of hosts that are reached through this server.
     """
 
     fqdn: str
@@ -82,6 +116,7 @@ class Server:
     volume_id: str
     volume_gib: int
     ca_bundle: str
+    ca_not_after: int
     rules: tuple[Rule, ...]
     prometheus: Release
     node_exporter: Release
@@ -91,6 +126,7 @@ class Server:
     evaluation_interval: str
     retention_time: str
     rule_files: Mapping[str, str]
+    jump_ports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +148,10 @@ class MasterServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """A leaf certificate and its private key, PEM."""
+    """A leaf certificate and its private key, PEM. `not_after`, its end, is in Unix seconds."""
 
     certificate: str
+    not_after: int
     key: str = field(repr=False)
 
 
@@ -135,13 +172,16 @@ class Credential:
 @dataclass(frozen=True, kw_only=True)
 class ServerSecrets:
     """`remote` are who may come in through nginx (several while a password is rotated); `local`
-    is this host's own user for loopback: self-scrape, node_exporter, reload and readiness."""
+    is this host's own user for loopback: self-scrape, node_exporter, reload and readiness.
+    `exporter` is what it sends to monitored hosts, `jobs` what settings gave, by job."""
 
     prometheus_leaf: Leaf
     nginx_leaf: Leaf
     node_exporter_leaf: Leaf
     remote: tuple[Credential, ...]
     local: Credential
+    exporter: Credential | None = None
+    jobs: Mapping[str, JobSecrets] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +189,29 @@ class MasterSecrets(ServerSecrets):
     """The password by which the master comes in at each site."""
 
     site_passwords: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitoredHost:
+    """A host that is not ours and gets a node_exporter. `host` is a name or an IPv4 address.
+
+    `owner` names stack and server, as two must not manage one host. `scraper` is the name in the
+    client certificate of the Prometheus that scrapes it; `sources` are the networks it comes from.
+    """
+
+    host: str
+    address: str | None
+    owner: str
+    scraper: str
+    sources: tuple[str, ...]
+    ca_bundle: str
+    ca_not_after: int
+    node_exporter: Release
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitoredHostSecrets:
+    """`users` are the passwords of today and of the next rotation."""
+
+    leaf: Leaf
+    users: tuple[Credential, ...]

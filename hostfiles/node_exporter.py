@@ -1,56 +1,71 @@
-"""The node_exporter of a server's own host: on loopback, for this host's Prometheus alone.
+"""node_exporter: on a server for this host's Prometheus alone, on a monitored host for its scraper.
 
 https://github.com/prometheus/node_exporter
 """
 
 from __future__ import annotations
 
-from hostfiles import prometheus
+from collections.abc import Iterable
+
+from hostfiles import certificates, prometheus
 from hostfiles.files import Check, File, Unit
-from hostfiles.model import Server, ServerSecrets
+from hostfiles.model import Credential, Leaf, Release, Server, ServerSecrets
 from hostfiles.releases import directory
 from hostfiles.templates import render
 from hostfiles.web_config import web_config
 
 FOLDER = "/etc/node_exporter"
 GROUP = "node_exporter"
+PORT = 9100
 SERVICE = "/etc/systemd/system/node_exporter.service"
+CONFIG = f"{FOLDER}/config.yml"
+CA = f"{FOLDER}/tls/ca.pem"
+CERTIFICATE = f"{FOLDER}/tls/node_exporter.crt"
+# systemd makes it, and the user may put .prom files of their own into its folder `textfile`.
+STATE_DIRECTORY = "/var/lib/node_exporter"
 
 
-def files(server: Server) -> tuple[File, ...]:
-    """What is not secret."""
+def service(release: Release, address: str, ca_bundle: str) -> tuple[File, ...]:
+    """What is not secret: the unit, which listens on that address (empty: on all), and the CA."""
     return (
-        File(path=f"{FOLDER}/tls/ca.pem", content=server.ca_bundle),
+        File(path=CA, content=ca_bundle),
         File(
             path=SERVICE,
             content=render(
-                "systemd/node_exporter.service.j2", release_dir=directory(server.node_exporter)
+                "systemd/node_exporter.service.j2",
+                release_dir=directory(release),
+                listen=f"{address}:{PORT}",
+                textfiles=[certificates.FOLDER, f"{STATE_DIRECTORY}/textfile"],
             ),
         ),
     )
 
 
-def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
-    """Its key and certificate, and the hash of the local user's password."""
-    leaf = secrets.node_exporter_leaf
+def access(leaf: Leaf, users: Iterable[Credential], scraper: str) -> tuple[File, ...]:
+    """Its key and certificate, and who may come in: a user, with the scraper's certificate."""
     config = web_config(
         certificate="tls/node_exporter.crt",
         key="tls/node_exporter.key",
         ca="tls/ca.pem",
-        users=[secrets.local],
-        allowed_client_sans=[server.fqdn],
+        users=users,
+        allowed_client_sans=[scraper],
     )
+    key = f"{FOLDER}/tls/node_exporter.key"
     return (
-        File(path=f"{FOLDER}/tls/node_exporter.crt", content=leaf.certificate),
-        File(
-            path=f"{FOLDER}/tls/node_exporter.key",
-            content=leaf.key,
-            group=GROUP,
-            mode=0o640,
-            secret=True,
-        ),
-        File(path=f"{FOLDER}/config.yml", content=config, group=GROUP, mode=0o640, secret=True),
+        File(path=CERTIFICATE, content=leaf.certificate),
+        File(path=key, content=leaf.key, group=GROUP, mode=0o640, secret=True),
+        File(path=CONFIG, content=config, group=GROUP, mode=0o640, secret=True),
     )
+
+
+def files(server: Server) -> tuple[File, ...]:
+    """Of a server, what is not secret."""
+    return service(server.node_exporter, "127.0.0.1", server.ca_bundle)
+
+
+def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
+    """Of a server, the rest."""
+    return access(secrets.node_exporter_leaf, [secrets.local], server.fqdn)
 
 
 def checks(server: Server) -> tuple[Check, ...]:
@@ -62,15 +77,20 @@ def checks(server: Server) -> tuple[Check, ...]:
                 f"{directory(server.prometheus)}/promtool",
                 "check",
                 "web-config",
-                f"{{tree}}{FOLDER}/config.yml",
+                f"{{tree}}{CONFIG}",
             ),
         ),
     )
 
 
-UNIT = Unit(
-    name="node_exporter.service",
-    restart_on=(SERVICE,),
-    reload_on=(f"{FOLDER}/",),
-    ready=("/usr/bin/curl", "--config", f"{prometheus.FOLDER}/secrets/node_exporter.curl"),
-)
+def unit(ready: tuple[str, ...]) -> Unit:
+    """It reads its certificate, CA and users anew at each connection: a reload does nothing."""
+    return Unit(
+        name="node_exporter.service",
+        restart_on=(SERVICE,),
+        reload_on=(f"{FOLDER}/",),
+        ready=ready,
+    )
+
+
+UNIT = unit(("/usr/bin/curl", "--config", f"{prometheus.FOLDER}/secrets/node_exporter.curl"))

@@ -7,6 +7,7 @@ https://prometheus.io/docs/prometheus/latest/configuration/configuration/
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
@@ -16,8 +17,11 @@ import yaml
 from hostfiles.duration import duration, milliseconds
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import (
+    Access,
+    Credential,
     FederatedSite,
     Job,
+    JobSecrets,
     MasterSecrets,
     MasterServer,
     Release,
@@ -69,18 +73,20 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
     if secrets.local.user != LOCAL_USER:
         raise ValueError(f"the local user is {secrets.local.user!r}; name it {LOCAL_USER!r}")
 
-    def secret(path: str, content: str) -> File:
-        return File(path=f"{FOLDER}/{path}", content=content, group=GROUP, mode=0o640, secret=True)
-
     return (
         File(path=f"{FOLDER}/tls/prometheus.crt", content=secrets.prometheus_leaf.certificate),
-        secret("tls/prometheus.key", secrets.prometheus_leaf.key),
-        secret("secrets/local.password", secrets.local.password),
-        secret("secrets/ready.curl", _curl(server, secrets, PORT, "/-/ready")),
-        secret("secrets/reload.curl", _curl(server, secrets, PORT, "/-/reload", method="POST")),
-        secret("secrets/node_exporter.curl", _curl(server, secrets, 9100, "/")),
+        _secret("tls/prometheus.key", secrets.prometheus_leaf.key),
+        _secret("secrets/ready.curl", _curl(server, secrets, PORT, "/-/ready")),
+        _secret("secrets/reload.curl", _curl(server, secrets, PORT, "/-/reload", method="POST")),
+        _secret("secrets/node_exporter.curl", _curl(server, secrets, 9100, "/")),
+        # Jobs share passwords.
+        *{file.path: file for file in _jobs(server, secrets)}.values(),
         *_federation(server, secrets),
     )
+
+
+def _secret(path: str, content: str) -> File:
+    return File(path=f"{FOLDER}/{path}", content=content, group=GROUP, mode=0o640, secret=True)
 
 
 def checks(server: Server) -> tuple[Check, ...]:
@@ -118,33 +124,21 @@ def configuration(server: Server) -> dict[str, Any]:
             "external_labels": dict(sorted(server.external_labels.items())),
         },
         "rule_files": [f"rules/{name}" for name in sorted(server.rule_files)],
-        "scrape_configs": [
-            _own_job("prometheus", PORT, server.fqdn),
-            # node_exporter asks for a certificate with this host's name; Prometheus's is one.
-            _own_job(
-                "node",
-                9100,
-                server.fqdn,
-                cert_file="tls/prometheus.crt",
-                key_file="tls/prometheus.key",
-            ),
-            *(_job(job) for job in server.jobs),
+        # A file for each job, as they name files of secrets by what is in them (password_file).
+        "scrape_config_files": [
+            "jobs.d/*.yml",
+            *(["federate.d/*.yml"] if isinstance(server, MasterServer) else []),
         ],
-        **(
-            {"scrape_config_files": ["federate.d/*.yml"]}
-            if isinstance(server, MasterServer)
-            else {}
-        ),
     }
 
 
-def federate_password_file(site: str, password: str) -> str:
-    """Where a master keeps a site's password, relative to its folder.
+def password_file(name: str, password: str) -> str:
+    """Where Prometheus keeps a password that it sends, relative to its folder.
 
-    Prometheus reads the file when it makes the job's client and, at a reload, makes a new client
-    only for a job whose configuration changed: another password must be another file.
+    It reads the file when it makes a job's client and, at a reload, makes a new client only for a
+    job whose configuration changed: another password must be another file.
     """
-    return f"secrets/federate-{site}-{sha256(password.encode()).hexdigest()[:12]}.password"
+    return f"secrets/{name}-{sha256(password.encode()).hexdigest()[:12]}.password"
 
 
 def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
@@ -192,27 +186,97 @@ def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
     }
 
 
-def _own_job(name: str, port: int, fqdn: str, **more_tls: str) -> dict[str, Any]:
-    return {
-        "job_name": name,
-        "scheme": "https",
-        "basic_auth": {"username": LOCAL_USER, "password_file": "secrets/local.password"},
-        "tls_config": {"ca_file": "tls/ca.pem", "server_name": fqdn, **more_tls},
-        "static_configs": [{"targets": [f"127.0.0.1:{port}"], "labels": {"instance": fqdn}}],
-    }
+def _jobs(server: Server, secrets: ServerSecrets) -> Iterator[File]:
+    """A file for each job of this host, with the files of secrets that it names."""
+    local = Access(credential="basic", user=LOCAL_USER, server_name=server.fqdn)
+    given = JobSecrets(password=secrets.local.password)
+    for name, port in (("prometheus", PORT), ("node", 9100)):
+        labels = {"instance": server.fqdn}
+        own = Job(name=name, targets=(f"127.0.0.1:{port}",), labels=labels, access=local)
+        yield from _job(own, given, secrets.exporter, "local")
+    for job in server.jobs:
+        slug = _slug(job.name)
+        yield from _job(job, secrets.jobs.get(job.name, JobSecrets()), secrets.exporter, slug)
 
 
-def _job(job: Job) -> dict[str, Any]:
-    return {
-        "job_name": job.name,
-        **job.options,
-        "static_configs": [
+def _slug(name: str) -> str:
+    """A job's name as a file's: any text may be one."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    return plain if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _job(
+    job: Job, given: JobSecrets, exporter: Credential | None, secret_name: str
+) -> Iterator[File]:
+    slug = _slug(job.name)
+    access, tls = job.access, f"tls/jobs/{slug}"
+    config: dict[str, Any] = {"job_name": job.name, "scheme": access.scheme, **job.options}
+    if access.scheme == "https":
+        config["tls_config"] = _client_tls(access, tls)
+    if access.ca not in (None, "own", "system"):
+        yield File(path=f"{FOLDER}/{tls}-ca.pem", content=str(access.ca))
+    if access.client not in (None, "own"):
+        yield File(path=f"{FOLDER}/{tls}.crt", content=str(access.client))
+        yield _secret(f"{tls}.key", given.key)
+    if access.credential is not None:
+        user, password = access.user, given.password
+        if access.credential == "own":
+            if exporter is None:
+                raise ValueError(f"job {job.name!r} sends the exporters' password: there is none")
+            user, password, secret_name = exporter.user, exporter.password, "exporters"
+        path = password_file(secret_name, password)
+        yield _secret(path, password)
+        if access.credential == "authorization":
+            config["authorization"] = {
+                "type": access.authorization_type,
+                "credentials_file": f"../{path}",
+            }
+        else:
+            config["basic_auth"] = {"username": user, "password_file": f"../{path}"}
+    if job.targets:
+        config["static_configs"] = [
             {
                 "targets": list(job.targets),
                 **({"labels": dict(sorted(job.labels.items()))} if job.labels else {}),
             }
-        ],
+        ]
+    config.update(job.discovery)
+    if relabel := [*_discovered_labels(job), *job.options.get("relabel_configs", [])]:
+        config["relabel_configs"] = relabel
+    yield File(path=f"{FOLDER}/jobs.d/{slug}.yml", content=_dump({"scrape_configs": [config]}))
+
+
+def _client_tls(access: Access, tls: str) -> dict[str, str]:
+    """https://prometheus.io/docs/prometheus/latest/configuration/configuration/#tls_config."""
+    ca = {"own": "tls/ca.pem", "system": None}.get(str(access.ca), f"{tls}-ca.pem")
+    pair = "tls/prometheus" if access.client == "own" else tls
+    # Paths are relative to the file in jobs.d/.
+    return {
+        **({"ca_file": f"../{ca}"} if ca else {}),
+        **({"cert_file": f"../{pair}.crt", "key_file": f"../{pair}.key"} if access.client else {}),
+        **({"server_name": access.server_name} if access.server_name else {}),
+        "min_version": access.min_version,
     }
+
+
+def _discovered_labels(job: Job) -> list[dict[str, Any]]:
+    """What discovered targets are called. An instance's id stays, its address does not."""
+    if not (job.labels and job.discovery) and "ec2_sd_configs" not in job.discovery:
+        return []
+    # static_configs carry the job's labels by themselves; discovered targets need to be told.
+    rules: list[dict[str, Any]] = [
+        {"target_label": name, "replacement": value} for name, value in sorted(job.labels.items())
+    ]
+    if "ec2_sd_configs" in job.discovery:
+        for source, label in (("instance_id", "instance"), ("tag_Name", "name")):
+            rules.append(
+                {
+                    "source_labels": [f"__meta_ec2_{source}"],
+                    "regex": "(.+)",
+                    "target_label": label,
+                }
+            )
+    return rules
 
 
 def _native_histograms(release: Release) -> dict[str, bool]:
@@ -272,17 +336,11 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
     if set(sites) != set(passwords):
         raise ValueError(f"sites {sorted(sites)} have passwords for {sorted(passwords)}")
     for name, site in sorted(sites.items()):
-        password_file = federate_password_file(name, passwords[name])
-        yield File(
-            path=f"{FOLDER}/{password_file}",
-            content=passwords[name],
-            group=GROUP,
-            mode=0o640,
-            secret=True,
-        )
+        path = password_file(f"federate-{name}", passwords[name])
+        yield _secret(path, passwords[name])
         yield File(
             path=f"{FOLDER}/federate.d/{name}.yml",
-            content=_dump({"scrape_configs": [federate_job(site, password_file)]}),
+            content=_dump({"scrape_configs": [federate_job(site, path)]}),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import firewall, nginx, node_exporter, programs, prometheus, sshd
+from hostfiles import certificates, firewall, nginx, node_exporter, programs, prometheus, sshd
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import Server, ServerSecrets
 from hostfiles.releases import directory
@@ -21,7 +21,7 @@ def host_files(server: Server) -> HostFiles:
             *node_exporter.files(server),
             *nginx.files(server),
             *firewall.files(server.rules),
-            *sshd.FILES,
+            *sshd.files(server),
         ),
         checks=(
             *prometheus.checks(server),
@@ -64,6 +64,14 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         ),
         *node_exporter.secret_files(server, secrets),
         *nginx.secret_files(secrets),
+        certificates.metrics(
+            {
+                f"{prometheus.FOLDER}/tls/ca.pem": server.ca_not_after,
+                f"{prometheus.FOLDER}/tls/prometheus.crt": secrets.prometheus_leaf.not_after,
+                f"{nginx.FOLDER}/tls/server.crt": secrets.nginx_leaf.not_after,
+                node_exporter.CERTIFICATE: secrets.node_exporter_leaf.not_after,
+            }
+        ),
     )
 
 

@@ -6,11 +6,18 @@ https://man.openbsd.org/sshd_config
 from __future__ import annotations
 
 from hostfiles.files import Check, File, Unit
+from hostfiles.model import Server
 from hostfiles.templates import render
 
 # Read before cloud-init's 50-cloud-init.conf; sshd takes the first value of a keyword.
 DROP_IN = "/etc/ssh/sshd_config.d/10-federation.conf"
 
-FILES = (File(path=DROP_IN, content=render("ssh/sshd.conf.j2"), mode=0o600),)
+
+def files(server: Server) -> tuple[File, ...]:
+    """The drop-in. Who logs in may go on to the SSH of monitored hosts, and nowhere else."""
+    content = render("ssh/sshd.conf.j2", jump_ports=server.jump_ports)
+    return (File(path=DROP_IN, content=content, mode=0o600),)
+
+
 CHECKS = (Check(name="sshd's drop-in", argv=("/usr/sbin/sshd", "-t", "-f", f"{{tree}}{DROP_IN}")),)
 UNIT = Unit(name="ssh.service", reload_on=(DROP_IN,))

@@ -58,7 +58,8 @@ class Authority:
             serialization.NoEncryption(),
         )
         certificate = self._sign(_name(common_name), key, dns=common_name)
-        return Leaf(certificate=_pem(certificate), key=private.decode())
+        end = int(certificate.not_valid_after_utc.timestamp())
+        return Leaf(certificate=_pem(certificate), key=private.decode(), not_after=end)
 
     def _sign(
         self, subject: x509.Name, key: Any, *, ca: bool = False, dns: str = ""
@@ -131,6 +132,7 @@ def slave_server(authority: Authority, prometheus_version: str) -> Callable[...,
             "volume_id": "vol-0abc",
             "volume_gib": 20,
             "ca_bundle": authority.certificate,
+            "ca_not_after": 2_000_000_000,
             "rules": firewall.slave_rules(
                 operator_cidrs=["203.0.113.1/32"],
                 master_cidrs=["198.51.100.7/32"],
@@ -181,6 +183,7 @@ def master_server(
             "volume_id": "vol-0abd",
             "volume_gib": 20,
             "ca_bundle": authority.certificate,
+            "ca_not_after": 2_000_000_000,
             "rules": firewall.master_rules(
                 operator_cidrs=["203.0.113.1/32"],
                 ui_port=443,
@@ -220,6 +223,7 @@ def slave_secrets(leaves: dict[str, Leaf]) -> Callable[..., ServerSecrets]:
             "node_exporter_leaf": leaf,
             "remote": (credential("prometheus-admin", "R" * 48),),
             "local": credential("local", "L" * 48),
+            "exporter": credential("prometheus-1", "E" * 48),
         }
         return ServerSecrets(**{**values, **changed})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hostfiles import prometheus
+from hostfiles import prometheus, slave
 from hostfiles.files import HostFiles
 from hostfiles.model import FederatedSite, Job, MasterServer, ServerSecrets, SlaveServer
-from tests.hostfiles.conftest import CORE, SLAVE, credential, release
+from job_settings import JobSettings
+from tests.hostfiles.conftest import CORE, SLAVE, Authority, credential, release
 
 
 def content(host: HostFiles, path: str) -> str:
@@ -20,8 +22,13 @@ def content(host: HostFiles, path: str) -> str:
 
 
 def scrape_configs(host: HostFiles) -> dict[str, Any]:
-    config = yaml.safe_load(content(host, "/etc/prometheus/prometheus.yml"))
-    return {job["job_name"]: job for job in config["scrape_configs"]}
+    folder = f"{prometheus.FOLDER}/jobs.d/"
+    files = [yaml.safe_load(f.content) for f in host.files if f.path.startswith(folder)]
+    return {job["job_name"]: job for file in files for job in file["scrape_configs"]}
+
+
+def jobs_of(server: SlaveServer, secrets: ServerSecrets) -> dict[str, Any]:
+    return scrape_configs(slave.host_files(server).with_files(slave.secret_files(server, secrets)))
 
 
 def flags(server: SlaveServer | MasterServer) -> str:
@@ -35,11 +42,134 @@ def test_a_job_has_its_targets_and_labels_on_all_of_them(whole_slave: HostFiles)
     ]
 
 
-def test_a_jobs_options_keep_prometheus_names(slave_server: Callable[..., SlaveServer]) -> None:
-    options = {"scheme": "https", "scrape_interval": "30s", "params": {"module": ["http"]}}
+def test_a_jobs_options_keep_prometheus_names(
+    slave_server: Callable[..., SlaveServer], slave_secrets: Callable[..., ServerSecrets]
+) -> None:
+    options = {"scrape_interval": "30s", "params": {"module": ["http"]}}
     server = slave_server(jobs=(Job(name="x", targets=("h:1",), options=options),))
-    (job,) = (j for j in prometheus.configuration(server)["scrape_configs"] if j["job_name"] == "x")
+    job = jobs_of(server, slave_secrets())["x"]
     assert {key: job[key] for key in options} == options
+
+
+def test_a_job_that_says_nothing_of_its_access_has_mutual_tls_and_a_password(
+    whole_slave: HostFiles,
+) -> None:
+    job = scrape_configs(whole_slave)["CoreSystems"]
+    assert job["scheme"] == "https"
+    assert job["tls_config"] == {
+        "ca_file": "../tls/ca.pem",
+        "cert_file": "../tls/prometheus.crt",
+        "key_file": "../tls/prometheus.key",
+        "min_version": "TLS12",
+    }
+    assert job["basic_auth"]["username"] == "prometheus-1"
+    password = content(whole_slave, f"/etc/prometheus/{job['basic_auth']['password_file'][3:]}")
+    assert password == "E" * 48
+
+
+ACCESS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain http": ({"scheme": "http"}, {}),
+    "another CA": (
+        {"tls_config": {"ca": "CA", "server_name": "nas.example.net"}},
+        {
+            "tls_config": {
+                "ca_file": "../tls/jobs/x-ca.pem",
+                "server_name": "nas.example.net",
+                "min_version": "TLS12",
+            }
+        },
+    ),
+    "the public CAs and a token": (
+        {"tls_config": {"ca": "system"}, "authorization": {"credentials": "token"}},
+        {
+            "tls_config": {"min_version": "TLS12"},
+            "authorization": {"type": "Bearer", "credentials_file": "token"},
+        },
+    ),
+    "our CA and another password": (
+        {"basic_auth": {"username": "scraper", "password": "theirs"}},
+        {
+            "tls_config": {
+                "ca_file": "../tls/ca.pem",
+                "cert_file": "../tls/prometheus.crt",
+                "key_file": "../tls/prometheus.key",
+                "min_version": "TLS12",
+            },
+            "basic_auth": {"username": "scraper", "password_file": "theirs"},
+        },
+    ),
+    "another CA and a client certificate of its own": (
+        {"tls_config": {"ca": "CA", "cert": "CA", "key": "KEY", "min_version": "TLS13"}},
+        {
+            "tls_config": {
+                "ca_file": "../tls/jobs/x-ca.pem",
+                "cert_file": "../tls/jobs/x.crt",
+                "key_file": "../tls/jobs/x.key",
+                "min_version": "TLS13",
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("access", ACCESS)
+def test_a_plain_target_is_reached_as_the_settings_say_and_sent_nothing_else(
+    slave_server: Callable[..., SlaveServer],
+    slave_secrets: Callable[..., ServerSecrets],
+    authority: Authority,
+    access: str,
+) -> None:
+    given, expected = copy.deepcopy(ACCESS[access])
+    texts = {"CA": authority.certificate, "KEY": authority.leaf("x.example.net").key}
+    for name, value in given.get("tls_config", {}).items():
+        given["tls_config"][name] = texts.get(value, value)
+    chosen = JobSettings.model_validate({"name": "x", "targets": ["nas:9100"], **given})
+    server = slave_server(jobs=(chosen.job(),))
+    secrets = slave_secrets(jobs={"x": chosen.secrets()})
+    host = slave.host_files(server).with_files(slave.secret_files(server, secrets))
+    job = scrape_configs(host)["x"]
+    # What a file of a secret holds, in place of its name.
+    for auth, key in (("basic_auth", "password_file"), ("authorization", "credentials_file")):
+        if auth in job:
+            job[auth][key] = content(host, f"/etc/prometheus/{job[auth][key][3:]}")
+    expected |= {"job_name": "x", "scheme": given.get("scheme", "https")}
+    assert job == expected | {"static_configs": [{"targets": ["nas:9100"]}]}
+    secret = {file.path for file in host.files if file.secret}
+    assert "/etc/prometheus/tls/jobs/x.key" not in {f.path for f in host.files} - secret
+
+
+def test_discovered_instances_are_named_by_their_id_and_labelled_like_the_others(
+    slave_server: Callable[..., SlaveServer], slave_secrets: Callable[..., ServerSecrets]
+) -> None:
+    by_tag = {"region": "eu-west-1", "filters": [{"name": "tag:monitor", "values": ["yes"]}]}
+    own = {"target_label": "rack", "replacement": "7"}
+    chosen = JobSettings.model_validate(
+        {
+            "name": "x",
+            "ec2_sd_configs": [by_tag],
+            "labels": {"group": "web"},
+            "relabel_configs": [own],
+        }
+    )
+    job = jobs_of(slave_server(jobs=(chosen.job(),)), slave_secrets())["x"]
+    (discovery,) = job["ec2_sd_configs"]
+    assert discovery["port"] == 9100
+    assert "static_configs" not in job
+    labels = [rule["target_label"] for rule in job["relabel_configs"]]
+    assert labels == ["group", "instance", "name", "rack"]
+    assert job["basic_auth"]["username"] == "prometheus-1"
+
+
+def test_any_text_may_be_a_jobs_name(
+    slave_server: Callable[..., SlaveServer], slave_secrets: Callable[..., ServerSecrets]
+) -> None:
+    names = ["../../etc/passwd", "a b", "a-b", "Überwachung"]
+    jobs = tuple(Job(name=name, targets=("h:1",)) for name in names)
+    server = slave_server(jobs=jobs)
+    files = prometheus.secret_files(server, slave_secrets())
+    paths = [f.path for f in files if "/jobs.d/" in f.path]
+    assert len(paths) == len(set(paths)) == len(names) + 2
+    assert all(path.count("/") == 4 for path in paths)
 
 
 def test_own_targets_are_scraped_over_verified_tls_under_the_hosts_name(
@@ -49,12 +179,12 @@ def test_own_targets_are_scraped_over_verified_tls_under_the_hosts_name(
     for name, port in (("prometheus", 9090), ("node", 9100)):
         job = jobs[name]
         assert job["scheme"] == "https"
-        assert job["tls_config"]["ca_file"] == "tls/ca.pem"
+        assert job["tls_config"]["ca_file"] == "../tls/ca.pem"
         assert job["tls_config"]["server_name"] == SLAVE
         assert job["static_configs"] == [
             {"targets": [f"127.0.0.1:{port}"], "labels": {"instance": SLAVE}}
         ]
-    assert jobs["node"]["tls_config"]["cert_file"] == "tls/prometheus.crt"
+    assert jobs["node"]["tls_config"]["cert_file"] == "../tls/prometheus.crt"
 
 
 def test_nothing_anywhere_skips_verification(

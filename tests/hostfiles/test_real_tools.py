@@ -6,19 +6,20 @@ import dataclasses
 import gzip
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from hostfiles import cloud_init, master, slave
 from hostfiles.files import HostFiles
 from hostfiles.model import (
-    Job,
     MasterSecrets,
     MasterServer,
     ServerSecrets,
     SlaveServer,
 )
-from tests.hostfiles.conftest import Root, ToolImage
+from job_settings import JobSettings
+from tests.hostfiles.conftest import Authority, Root, ToolImage, credential
 
 pytestmark = pytest.mark.machines
 
@@ -90,7 +91,7 @@ def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFil
         ),
         (
             "prometheus.yml",
-            "/etc/prometheus/prometheus.yml",
+            "/etc/prometheus/jobs.d/CoreSystems.yml",
             "tls/prometheus.crt",
             "tls/nobody.crt",
             "nobody.crt",
@@ -193,14 +194,36 @@ def test_odd_jobs_pass_promtool(
     tool_root: Root,
     master_server: Callable[..., MasterServer],
     master_secrets: Callable[..., MasterSecrets],
+    authority: Authority,
 ) -> None:
-    jobs = (
-        Job(name="no labels", targets=("192.0.2.1:80",)),
-        Job(name="ünï", targets=("h:1",), labels={"a": "b: c", "d": "'\"#"}),
-        Job(name="o", targets=("h:1",), options={"scheme": "http", "sample_limit": 5}),
+    theirs = {"ca": authority.certificate, "server_name": "nas", "min_version": "TLS13"}
+    leaf = authority.leaf("client.example.net")
+    tagged = {"region": "eu-west-1", "filters": [{"name": "tag:monitor", "values": ["yes"]}]}
+    given: list[dict[str, Any]] = [
+        {"name": "no labels", "targets": ["192.0.2.1:80"]},
+        {"name": "ünï", "targets": ["h:1"], "labels": {"a": "b: c", "d": "'\"#"}},
+        {"name": "o", "targets": ["h:1"], "scheme": "http", "sample_limit": 5},
+        {"name": "public", "targets": ["h:1"], "tls_config": {"ca": "system"}},
+        {"name": "theirs", "targets": ["h:1"], "tls_config": theirs},
+        {
+            "name": "client",
+            "targets": ["h:1"],
+            "tls_config": {**theirs, "cert": leaf.certificate, "key": leaf.key},
+            "basic_auth": {"username": "a", "password": "b"},
+        },
+        {"name": "token", "targets": ["h:1"], "authorization": {"credentials": "t"}},
+        {"name": "ec2", "ec2_sd_configs": [tagged], "labels": {"group": "x"}},
+        {"name": "file", "file_sd_configs": [{"files": ["/data/targets/*.yml"]}]},
+    ]
+    chosen = [JobSettings.model_validate(job) for job in given]
+    server = master_server(
+        jobs=tuple(job.job() for job in chosen), external_labels={"z": "1", "a": "yes"}
     )
-    server = master_server(jobs=jobs, external_labels={"z": "1", "a": "yes"})
-    host = master.host_files(server).with_files(master.secret_files(server, master_secrets()))
+    secrets = master_secrets(
+        exporter=credential("prometheus-1", "E" * 48),
+        jobs={job.name: job.secrets() for job in chosen},
+    )
+    host = master.host_files(server).with_files(master.secret_files(server, secrets))
     done = check(tool_root, host, "prometheus.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import yaml
@@ -27,9 +28,16 @@ from sandbox.plan import Plan
 from sandbox.program import plain
 from sandbox.proof import MasterApi, Sample
 from sandbox.state import State
+from tests.sandbox.keyring import Keyring
+from tests.sandbox.probe import Door, Request, ask
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "prometheus-federation"
+
+# The hosts that the slave monitors, as machines; and those that settings give by name alone, of
+# which the program knows no address.
+CORES = ("core01", "core02", "core03", "core04")
+NAMED = ("core04",)
 
 
 def pytest_configure() -> None:
@@ -158,6 +166,14 @@ class Sandbox:
         """What a shell script prints when root runs it on a machine."""
         return self.inside(name, "bash", "-c", text, check=check)
 
+    def namespace(self, name: str) -> str:
+        """The network namespace of the machine behind a name."""
+        return self.plan.machine_netns(self.machine(name))
+
+    def private_ip(self, name: str) -> str:
+        """The address of a machine in its network."""
+        return self.fabric.model.attachments[self.machine(name)].private_ip
+
     def public_ip(self, name: str) -> str:
         """The Elastic IP of `master` or of a site's slave."""
         rows = {"master": self.outputs.get("master"), **self.outputs["slaves"]}
@@ -171,14 +187,28 @@ class Sandbox:
         """The namespace of somebody on the internet with an address of its own."""
         return network.stranger(self.plan, name)
 
+    def own_api(self, server: str, path: str, **parameters: str) -> Any:
+        """The data of an answer of a server's own Prometheus, asked as it asks itself."""
+        row = self.outputs["master"] if server == "master" else self.outputs["slaves"][server]
+        request = Request(
+            door=Door(address="127.0.0.1", port=9090, name=row["host"]),
+            client=Keyring(self.state).own_client(server),
+            path=f"/api/v1/{path}?{urlencode(parameters)}",
+        )
+        (answer,) = ask(self.namespace(server), [request])
+        assert answer.short == 200, answer
+        return json.loads(answer.body)["data"]
+
     @property
     def fabric(self) -> Fabric:
         return Fabric(self.plan)
 
     def start_times(self) -> dict[str, str]:
-        """Of each service and kernel on our servers: when it started. Same means: not restarted."""
+        """Of each service and kernel on our servers and on the hosts that they monitor: when it
+        started. Same means: not restarted."""
         found: dict[str, str] = {}
-        for name in ("master", *self.outputs["slaves"]):
+        there = [core for core in CORES if core in machine.machines(self.plan)]
+        for name in ("master", *self.outputs["slaves"], *there):
             units = "prometheus nginx node_exporter ssh"
             found[name] = self.script(
                 name,
@@ -228,3 +258,9 @@ def sandbox() -> Iterator[Sandbox]:
     yield shared
     if not keep:
         shared.run("down")
+
+
+@pytest.fixture(scope="module")
+def keys(sandbox: Sandbox) -> Keyring:
+    """The keys and passwords of the shared sandbox, as they are when a module's tests begin."""
+    return Keyring(sandbox.state)

@@ -16,6 +16,7 @@ from hostfiles.model import Leaf
 from sandbox import providers
 from sandbox.program import plain
 from sandbox.state import State
+from tests.sandbox.probe import Client
 
 ORGANIZATION = "prometheus-federation"
 CA_NAME = "Prometheus federation CA"
@@ -36,12 +37,14 @@ class Keyring:
     def authority(self) -> Leaf:
         """The stack's own CA with its key."""
         certificate = self._outputs[providers.SELF_SIGNED_CERT, "ca-certificate"]["certPem"]
-        return Leaf(certificate=certificate, key=self.private_key("ca-key"))
+        return Leaf(certificate=certificate, key=self.private_key("ca-key"), not_after=0)
 
     def leaf(self, name: str) -> Leaf:
         """A leaf, such as `master-prometheus`."""
         certificate = self._outputs[providers.LOCALLY_SIGNED_CERT, f"{name}-certificate"]
-        return Leaf(certificate=certificate["certPem"], key=self.private_key(f"{name}-key"))
+        return Leaf(
+            certificate=certificate["certPem"], key=self.private_key(f"{name}-key"), not_after=0
+        )
 
     def private_key(self, name: str) -> str:
         """A private key, PEM."""
@@ -55,6 +58,28 @@ class Keyring:
     def password(self, name: str) -> str:
         """A password, such as `master-local`."""
         return self._outputs[providers.RANDOM_PASSWORD, f"{name}-password"]["result"]
+
+    def client(self, leaf: Leaf | None, user: str = "", password: str = "") -> Client:
+        """Somebody who trusts the stack's CA."""
+        certificate, key = (leaf.certificate, leaf.key) if leaf else ("", "")
+        ca = self.authority.certificate
+        return Client(certificate=certificate, key=key, user=user, password=password, ca=ca)
+
+    def own_client(self, server: str) -> Client:
+        """A server's Prometheus towards itself and its node_exporter."""
+        name = resource(server)
+        return self.client(self.leaf(f"{name}-prometheus"), "local", self.password(f"{name}-local"))
+
+    def exporter_client(self, site: str) -> Client:
+        """A site's Prometheus towards the hosts that it monitors."""
+        name = resource(site)
+        password = self.password(f"{name}-exporters-1")
+        return self.client(self.leaf(f"{name}-prometheus"), "prometheus", password)
+
+
+def resource(server: str) -> str:
+    """What the program calls a server of ours, `master` or a site."""
+    return server if server == "master" else f"slave-{server}"
 
 
 def forge_authority() -> Leaf:
@@ -144,4 +169,4 @@ def _signed(
         serialization.PrivateFormat.TraditionalOpenSSL,
         serialization.NoEncryption(),
     )
-    return Leaf(certificate=pem.decode(), key=private.decode())
+    return Leaf(certificate=pem.decode(), key=private.decode(), not_after=0)

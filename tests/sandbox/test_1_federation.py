@@ -5,20 +5,22 @@ from __future__ import annotations
 import fcntl
 import re
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from sandbox import machine
-from tests.sandbox.conftest import ROOT, Sandbox
+from tests.sandbox.conftest import CORES, ROOT, Sandbox
 
-CORES = [f"core0{n}.example.internal:9100" for n in range(1, 5)]
+INSTANCES = [f"{core}.example.internal:9100" for core in CORES]
 INTERVAL_SECONDS = 15
 MIB = 1 << 20
 
 
 def test_the_four_cores_are_up_on_the_master_with_their_own_labels(sandbox: Sandbox) -> None:
     found = {s.labels["instance"]: s for s in sandbox.query('up{job="CoreSystems"}')}
-    assert sorted(found) == CORES
+    assert sorted(found) == INSTANCES
     for sample in found.values():
         assert sample.value == 1
         assert sample.labels["group"] == "CoreSystems Monitoring"
@@ -27,13 +29,13 @@ def test_the_four_cores_are_up_on_the_master_with_their_own_labels(sandbox: Sand
 
 def test_federated_samples_are_fresh(sandbox: Sandbox) -> None:
     ages = sandbox.query('time() - timestamp(up{job="CoreSystems"})')
-    assert len(ages) == len(CORES)
+    assert len(ages) == len(INSTANCES)
     assert max(sample.value for sample in ages) <= 2 * INTERVAL_SECONDS
 
 
 def test_the_cores_own_metrics_cross_and_not_only_up(sandbox: Sandbox) -> None:
     names = {s.labels["nodename"] for s in sandbox.query('node_uname_info{job="CoreSystems"}')}
-    assert names == {"core01", "core02", "core03", "core04"}
+    assert names == set(CORES)
 
 
 def test_the_master_keeps_its_own_jobs_beside_the_federated_ones(sandbox: Sandbox) -> None:
@@ -43,7 +45,7 @@ def test_the_master_keeps_its_own_jobs_beside_the_federated_ones(sandbox: Sandbo
     slave = "prometheus-slave.example.com"
     theirs = {(s.labels["job"], s.labels["instance"]) for s in sandbox.query('up{site="dublin"}')}
     assert theirs == {
-        *(("CoreSystems", core) for core in CORES),
+        *(("CoreSystems", core) for core in INSTANCES),
         ("prometheus", slave),
         ("node", slave),
         ("federate", f"{slave}:9095"),
@@ -152,15 +154,46 @@ def test_a_second_run_at_once_is_refused_and_told_who_holds_the_first(sandbox: S
     assert "Wait until it has ended" in told
 
 
-def test_nothing_that_verifies_a_certificate_is_switched_off_anywhere(sandbox: Sandbox) -> None:
-    for host in ("master", "dublin"):
-        found = sandbox.script(
-            host,
-            "grep -rlsE 'insecure_skip_verify|proxy_ssl_verify +off' /etc /opt/federation"
-            " --include=* || true",
-        )
-        assert found == ""
-        assert "ca_file" in sandbox.inside(host, "cat", "/etc/prometheus/prometheus.yml")
+@pytest.mark.parametrize("host", ["master", "dublin", *CORES])
+def test_no_file_of_ours_switches_the_check_of_a_certificate_off(
+    sandbox: Sandbox, host: str
+) -> None:
+    words = "insecure_skip_verify|proxy_ssl_verify +off"
+    searched = "grep -rsE --dereference-recursive"
+    folders = "/etc /opt/federation/current/ /opt/federation/bin /usr/local/sbin"
+    found = sandbox.script(host, f"{searched} -l '{words}' {folders} || true")
+    assert found == ""
+    # It looks into our files, behind their links.
+    assert "/etc/node_exporter/config.yml" in sandbox.script(
+        host, f"{searched} -l client_ca_file /etc || true"
+    )
+
+
+@pytest.mark.parametrize(("host", "count"), [("master", 3), ("dublin", 3)])
+def test_every_scrape_is_over_tls_that_verifies_with_our_ca(
+    sandbox: Sandbox, host: str, count: int
+) -> None:
+    listed = sandbox.script(host, "ls /etc/prometheus/*.d/*.yml").split()
+    jobs = [
+        job
+        for path in listed
+        for job in yaml.safe_load(sandbox.inside(host, "cat", path))["scrape_configs"]
+    ]
+    assert len(jobs) == count
+    for job in jobs:
+        assert job["scheme"] == "https"
+        assert job["tls_config"]["ca_file"] == "../tls/ca.pem"
+        assert job["tls_config"]["cert_file"] == "../tls/prometheus.crt"
+        assert job["basic_auth"]["password_file"].startswith("../secrets/")
+    # None beside them.
+    main = yaml.safe_load(sandbox.inside(host, "cat", "/etc/prometheus/prometheus.yml"))
+    assert "scrape_configs" not in main
+    assert {pattern.partition("/")[0] for pattern in main["scrape_config_files"]} == {
+        Path(path).parent.name for path in listed
+    }
+
+
+def test_no_program_of_ours_switches_the_check_of_a_certificate_off() -> None:
     assert not [
         path
         for path in ROOT.glob("**/*.py")

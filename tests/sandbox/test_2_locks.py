@@ -23,8 +23,8 @@ import pytest
 from hostfiles.model import Leaf
 from sandbox import host, network, providers
 from sandbox.plan import NETNS_DIR
-from tests.sandbox.conftest import Sandbox
-from tests.sandbox.keyring import DAY, Keyring, forge_authority, issue
+from tests.sandbox.conftest import CORES, NAMED, Sandbox
+from tests.sandbox.keyring import DAY, Keyring, forge_authority, issue, resource
 from tests.sandbox.probe import OPEN, SILENCE, Answer, Client, Door, Request, ask, knock
 
 MASTER = "prometheus-master.example.com"
@@ -48,15 +48,9 @@ SUITES_1_3 = {
 
 
 @pytest.fixture(scope="module")
-def keys(sandbox: Sandbox) -> Keyring:
-    return Keyring(sandbox.state)
-
-
-@pytest.fixture(scope="module")
 def master_client(sandbox: Sandbox, keys: Keyring) -> Client:
     """Every key to 9095, as the master has them."""
-    return _client(
-        keys,
+    return keys.client(
         keys.leaf("master-prometheus"),
         sandbox.outputs["slaves"]["dublin"]["federationUser"],
         sandbox.outputs["federationPasswords"]["dublin"],
@@ -78,7 +72,7 @@ def page(sandbox: Sandbox) -> Door:
 @pytest.fixture(scope="module")
 def page_client(sandbox: Sandbox, keys: Keyring) -> Client:
     """An operator: no certificate, but a password."""
-    return _client(keys, None, sandbox.outputs["master"]["user"], sandbox.outputs["masterPassword"])
+    return keys.client(None, sandbox.outputs["master"]["user"], sandbox.outputs["masterPassword"])
 
 
 @pytest.fixture
@@ -104,30 +98,8 @@ def insider(sandbox: Sandbox) -> Iterator[str]:
         network.remove_stranger(sandbox.plan, name)
 
 
-def _client(keys: Keyring, leaf: Leaf | None, user: str = "", password: str = "") -> Client:
-    certificate, key = (leaf.certificate, leaf.key) if leaf else ("", "")
-    ca = keys.authority.certificate
-    return Client(certificate=certificate, key=key, user=user, password=password, ca=ca)
-
-
-def _own_client(keys: Keyring, server: str) -> Client:
-    """A server's Prometheus towards itself and its node_exporter."""
-    name = _resource(server)
-    return _client(keys, keys.leaf(f"{name}-prometheus"), "local", keys.password(f"{name}-local"))
-
-
-def _resource(server: str) -> str:
-    """What the program calls a server of ours."""
-    return server if server == "master" else f"slave-{server}"
-
-
 def _fqdn(server: str) -> str:
-    return MASTER if server == "master" else SLAVE
-
-
-def _inside(sandbox: Sandbox, server: str) -> str:
-    """A server's own network namespace."""
-    return sandbox.plan.machine_netns(sandbox.machine(server))
+    return {"master": MASTER, "dublin": SLAVE}.get(server, f"{server}.example.internal")
 
 
 @contextmanager
@@ -191,7 +163,7 @@ def test_with_ufw_off_the_security_group_alone_keeps_a_stranger_out(
     with _ufw_stopped(sandbox, "dublin"):
         assert "-P INPUT ACCEPT" in sandbox.inside("dublin", "iptables", "-S", "INPUT")
         assert ask(outsider, [wanted])[0].short == SILENCE
-        assert ask(_inside(sandbox, "master"), [wanted])[0].short == 200
+        assert ask(sandbox.namespace("master"), [wanted])[0].short == 200
         # The group is what kept it out: with that open too, the stranger is in.
         with _group_opened(sandbox, network.address_of(outsider)):
             assert ask(outsider, [wanted])[0].short == 200
@@ -240,7 +212,7 @@ def test_a_monitored_host_is_reached_by_its_slave_and_by_nobody_outside(
     sandbox: Sandbox, outsider: str
 ) -> None:
     core = (sandbox.fabric.model.attachments["core01"].private_ip, 9100)
-    namespaces = [_inside(sandbox, "dublin"), _inside(sandbox, "master"), outsider]
+    namespaces = [sandbox.namespace("dublin"), sandbox.namespace("master"), outsider]
     with ThreadPoolExecutor(len(namespaces)) as pool:
         found = list(pool.map(lambda namespace: knock(namespace, [core])[core], namespaces))
     assert found == [OPEN, SILENCE, SILENCE]
@@ -276,7 +248,7 @@ def _group_rows(sandbox: Sandbox, server: str) -> list[Row]:
     (group,) = (
         record.id
         for record in records
-        if record.type == providers.SECURITY_GROUP and record.name == _resource(server)
+        if record.type == providers.SECURITY_GROUP and record.name == resource(server)
     )
     directions = {providers.INGRESS_RULE: "in", providers.EGRESS_RULE: "out"}
     rows = []
@@ -429,7 +401,7 @@ def test_a_burst_is_cut_off_and_soon_forgotten_and_the_master_does_not_notice(
         answers = [answer.short for answer in ask(insider, [wanted] * 80)]
         seconds = time.monotonic() - began
         # Each address has a measure of its own.
-        assert ask(_inside(sandbox, "master"), [right])[0].short == 200
+        assert ask(sandbox.namespace("master"), [right])[0].short == 200
         assert set(answers) == {status, 429}
         # 20 at once, then ten a second.
         assert answers[:20] == [status] * 20
@@ -591,7 +563,7 @@ def test_on_loopback_prometheus_answers_nobody_without_password(
     sandbox: Sandbox, keys: Keyring, server: str
 ) -> None:
     door = Door(address="127.0.0.1", port=9090, name=_fqdn(server))
-    local = _own_client(keys, server)
+    local = keys.own_client(server)
     anonymous = local.but(certificate="", key="", user="", password="")
     started = sandbox.start_times()
     requests = [
@@ -600,13 +572,13 @@ def test_on_loopback_prometheus_answers_nobody_without_password(
         Request(door=door, client=local.but(password="x" * 48), path="/metrics"),
         Request(door=door, client=local.but(user="nobody"), path="/metrics"),
     ]
-    answers = ask(_inside(sandbox, server), requests)
+    answers = ask(sandbox.namespace(server), requests)
     found = {(r.method, r.path): a.short for r, a in zip(requests, answers, strict=True)}
     assert found == {(r.method, r.path): 401 for r in requests}
     assert {answer.body for answer in answers} == {"Unauthorized\n"}
     plain = Request(door=replace(door, name=""), client=local, path="/metrics")
     with_password = Request(door=door, client=local, path="/metrics")
-    without_tls, known = ask(_inside(sandbox, server), [plain, with_password])
+    without_tls, known = ask(sandbox.namespace(server), [plain, with_password])
     assert (without_tls.short, NO_TLS in without_tls.body) == (400, True)
     assert (known.short, "prometheus_build_info" in known.body) == (200, True)
     assert sandbox.start_times() == started
@@ -616,12 +588,12 @@ def test_on_loopback_prometheus_answers_nobody_without_password(
 def test_node_exporter_answers_nobody_without_its_hosts_certificate_and_password(
     sandbox: Sandbox, keys: Keyring, server: str
 ) -> None:
-    name, other = _resource(server), "slave-dublin" if server == "master" else "master"
+    name, other = resource(server), "slave-dublin" if server == "master" else "master"
     door = Door(address="127.0.0.1", port=9100, name=_fqdn(server))
-    local = _own_client(keys, server)
+    local = keys.own_client(server)
     ours = keys.authority
     strangers = {
-        "none": Leaf(certificate="", key=""),
+        "none": Leaf(certificate="", key="", not_after=0),
         "another host's of our CA": keys.leaf(f"{other}-prometheus"),
         "for servers alone": keys.leaf(f"{name}-node-exporter"),
         "another CA's": issue(_fqdn(server), forge_authority()),
@@ -638,7 +610,7 @@ def test_node_exporter_answers_nobody_without_its_hosts_certificate_and_password
         for leaf in strangers.values()
         for version in ("1.2", "1.3")
     ]
-    answers = ask(_inside(sandbox, server), requests)
+    answers = ask(sandbox.namespace(server), requests)
     found = {name: answers[2 * n : 2 * n + 2] for n, name in enumerate(strangers)}
     for name, both in found.items():
         for answer in both:
@@ -651,7 +623,7 @@ def test_node_exporter_answers_nobody_without_its_hosts_certificate_and_password
         Request(door=door, client=local.but(user="nobody"), path="/metrics"),
         Request(door=replace(door, name=""), client=local, path="/metrics"),
     ]
-    known, *refused, plain = ask(_inside(sandbox, server), requests)
+    known, *refused, plain = ask(sandbox.namespace(server), requests)
     assert (known.short, "node_exporter_build_info" in known.body) == (200, True)
     assert [answer.short for answer in refused] == [401, 401, 401]
     assert (plain.short, NO_TLS in plain.body) == (400, True)
@@ -739,9 +711,9 @@ def test_the_masters_page_lets_people_read_and_nobody_write(
         for request, answer in zip(requests, answers, strict=True)
     }
     behind = Door(address="127.0.0.1", port=9090, name=MASTER)
-    local = _own_client(keys, "master")
+    local = keys.own_client("master")
     own = ask(
-        _inside(sandbox, "master"),
+        sandbox.namespace("master"),
         [Request(door=behind, client=local, method=method, path=path) for method, path in pages],
     )
     assert {key: found[key] for key in data} == dict.fromkeys(data, 200)
@@ -760,9 +732,9 @@ class Listener:
 
     namespace: str | None
     door: Door
-    resource: str
     folder: Path
-    also: str
+    # Whether its certificate is for its address too.
+    by_address: bool = True
 
     def connect(self, *more: str) -> subprocess.CompletedProcess[str]:
         """`openssl s_client`, which ends as soon as it is connected."""
@@ -784,12 +756,13 @@ class Listener:
 
 
 LISTENERS = {
-    "9095 of the slave": ("dublin", 9095, "nginx"),
-    "443 of the master": ("master", 443, "nginx"),
-    "Prometheus of the slave": ("dublin", 9090, "prometheus"),
-    "Prometheus of the master": ("master", 9090, "prometheus"),
-    "node_exporter of the slave": ("dublin", 9100, "node-exporter"),
-    "node_exporter of the master": ("master", 9100, "node-exporter"),
+    "9095 of the slave": ("dublin", 9095),
+    "443 of the master": ("master", 443),
+    "Prometheus of the slave": ("dublin", 9090),
+    "Prometheus of the master": ("master", 9090),
+    "node_exporter of the slave": ("dublin", 9100),
+    "node_exporter of the master": ("master", 9100),
+    **{f"node_exporter of {core}": (core, 9100) for core in CORES},
 }
 
 
@@ -798,18 +771,21 @@ def listener(
     request: pytest.FixtureRequest, sandbox: Sandbox, keys: Keyring, tmp_path: Path
 ) -> Iterator[Listener]:
     """One of LISTENERS, with the client certificate that it asks for."""
-    server, port, program = LISTENERS[request.param]
-    public = port in (443, 9095)
-    address = sandbox.public_ip(server) if public else "127.0.0.1"
-    namespace = _inside(sandbox, "master" if port == 9095 else server)
-    client = "master" if port == 9095 else _resource(server)
-    files = _files(tmp_path, keys.leaf(f"{client}-prometheus"), keys.authority.certificate)
+    server, port = LISTENERS[request.param]
+    monitored = server in CORES
+    # Who comes in there, and where from.
+    client = "dublin" if monitored else "master" if port == 9095 else server
+    if monitored:
+        address = sandbox.private_ip(server)
+    else:
+        address = sandbox.public_ip(server) if port in (443, 9095) else "127.0.0.1"
+    leaf = keys.leaf(f"{resource(client)}-prometheus")
+    files = _files(tmp_path, leaf, keys.authority.certificate)
     yield Listener(
-        namespace=None if port == 443 else namespace,
+        namespace=None if port == 443 else sandbox.namespace(client),
         door=Door(address=address, port=port, name=_fqdn(server)),
-        resource=f"{_resource(server)}-{program}",
         folder=tmp_path,
-        also=address,
+        by_address=server not in NAMED,
     )
     for file in files:
         file.unlink()
@@ -885,9 +861,7 @@ def test_the_scan_would_see_old_tls_and_weak_suites(
             ),
             seconds=5,
         )
-        listener = Listener(
-            namespace=outsider, door=door, resource="", folder=tmp_path, also=door.address
-        )
+        listener = Listener(namespace=outsider, door=door, folder=tmp_path)
         assert "ECDHE-ECDSA-AES128-SHA" in _accepted(listener, "tls1")
         assert "ECDHE-ECDSA-AES128-SHA" in _accepted(listener, "tls1_1")
         assert {*SUITES_1_2, "ECDHE-ECDSA-AES128-CCM8", "ECDHE-ECDSA-NULL-SHA"} <= _accepted(
@@ -908,8 +882,9 @@ def test_each_listeners_certificate_verifies_with_its_names_and_no_other(
     by_name = listener.connect(*strict, "-verify_hostname", listener.door.name)
     assert "Verification: OK" in by_name.stderr, by_name
     assert f"Verified peername: {listener.door.name}" in by_name.stderr
-    by_address = listener.connect(*strict, "-verify_ip", listener.also)
-    assert "Verification: OK" in by_address.stderr, by_address
+    by_address = listener.connect(*strict, "-verify_ip", listener.door.address)
+    assert ("Verification: OK" in by_address.stderr) == listener.by_address, by_address
+    assert ("IP address mismatch" in by_address.stderr) != listener.by_address, by_address
     wrong = listener.connect(*strict, "-verify_hostname", "other.example.com")
     assert "hostname mismatch" in wrong.stderr.lower(), wrong
     assert wrong.returncode != 0

@@ -2,6 +2,8 @@
 
 The internet's route to the slave's address is led to a machine of an attacker, who has that address
 and listens on 9095. What the master's Prometheus then tells him is all that he can get.
+
+And somebody in the slave's network takes the place of the exporters: the slave tells him nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from sandbox import host, network
 from sandbox.host import run
 from sandbox.plan import NETNS_DIR
 from tests.sandbox import attacker
-from tests.sandbox.conftest import Sandbox
+from tests.sandbox.conftest import CORES, Sandbox
 from tests.sandbox.keyring import DAY, Keyring, forge_authority, issue
 
 MASTER = "prometheus-master.example.com"
@@ -31,7 +33,7 @@ SLAVE = "prometheus-slave.example.com"
 INTERVAL_SECONDS = 15
 FEDERATE_JOB = "/etc/prometheus/federate.d/dublin.yml"
 THIEF = "thief"
-NO_CERTIFICATE = Leaf(certificate="", key="")
+NO_CERTIFICATE = Leaf(certificate="", key="", not_after=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,6 @@ class Caught:
     raw: str
     heard: str
     alert: str
-
-
-@pytest.fixture(scope="module")
-def keys(sandbox: Sandbox) -> Keyring:
-    return Keyring(sandbox.state)
 
 
 @pytest.fixture
@@ -108,7 +105,7 @@ def _target(sandbox: Sandbox) -> dict[str, Any]:
 
 
 @contextmanager
-def _attack(sandbox: Sandbox, namespace: str, leaf: Leaf) -> Iterator[Iterator[Caught]]:
+def _attack(namespace: str, address: str, port: int, leaf: Leaf) -> Iterator[Iterator[Caught]]:
     """The attacker's server; what it catches, as it comes."""
     process = subprocess.Popen(
         ["nsenter", f"--net={NETNS_DIR / namespace}", sys.executable, attacker.__file__],
@@ -120,7 +117,7 @@ def _attack(sandbox: Sandbox, namespace: str, leaf: Leaf) -> Iterator[Iterator[C
     assert process.stdout
     lines = process.stdout
     try:
-        order = {"address": sandbox.public_ip("dublin"), "port": 9095}
+        order = {"address": address, "port": port}
         order |= {"certificate": leaf.certificate, "key": leaf.key}
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
@@ -132,18 +129,34 @@ def _attack(sandbox: Sandbox, namespace: str, leaf: Leaf) -> Iterator[Iterator[C
         process.communicate()
 
 
-def _password(sandbox: Sandbox) -> str:
-    return sandbox.outputs["federationPasswords"]["dublin"]
+def _attack_slave(
+    sandbox: Sandbox, thief: str, leaf: Leaf
+) -> AbstractContextManager[Iterator[Caught]]:
+    return _attack(thief, sandbox.public_ip("dublin"), 9095, leaf)
 
 
-def _assert_learnt_nothing(sandbox: Sandbox, caught: Caught) -> None:
+def _login(sandbox: Sandbox) -> tuple[str, str]:
+    """The user and password that the master sends."""
     user = sandbox.outputs["slaves"]["dublin"]["federationUser"]
-    pair = base64.b64encode(f"{user}:{_password(sandbox)}".encode()).decode()
+    return user, sandbox.outputs["federationPasswords"]["dublin"]
+
+
+def _assert_learnt_nothing(caught: Caught, user: str, password: str) -> None:
+    pair = base64.b64encode(f"{user}:{password}".encode()).decode()
     # He saw a connection, and it began with TLS.
     assert caught.raw.startswith("\x16\x03")
     assert caught.heard == ""
-    for secret in (_password(sandbox), pair, user, "Authorization", "GET ", "federate?"):
+    for secret in (password, pair, user, "Authorization", "GET ", "federate?", "metrics"):
         assert secret not in caught.raw
+
+
+def _sent(heard: str) -> tuple[str, str, str]:
+    """A request's first line, and the user and password in it."""
+    head, *lines = heard.split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines if line)
+    basic = base64.b64decode(headers["Authorization"].removeprefix("Basic ")).decode()
+    user, _, password = basic.partition(":")
+    return head, user, password
 
 
 def _failed_scrape(sandbox: Sandbox, since: float, seconds: float) -> str:
@@ -177,11 +190,11 @@ def test_another_ca_with_the_same_names_gets_nothing_and_the_scrape_fails(
 ) -> None:
     # In the job's own rhythm, with nothing changed on the master.
     began = time.time()
-    with _attack(sandbox, thief, issue(SLAVE, forge_authority())) as caught:
+    with _attack_slave(sandbox, thief, issue(SLAVE, forge_authority())) as caught:
         first = next(caught)
         error = _failed_scrape(sandbox, began, 5)
     assert time.time() - began < INTERVAL_SECONDS + 10
-    _assert_learnt_nothing(sandbox, first)
+    _assert_learnt_nothing(first, *_login(sandbox))
     assert first.alert.endswith("ALERT_BAD_CERTIFICATE")
     assert "x509: certificate signed by unknown authority" in error
     # What it held of the site is stale at once.
@@ -201,16 +214,11 @@ def test_a_server_that_the_master_would_trust_does_get_the_password(
 ) -> None:
     # The attacker of the other tests, with a certificate that only the CA's key can make: what he
     # hears now is what he would have heard there.
-    with _attack(sandbox, thief, issue(SLAVE, keys.authority)) as caught:
+    with _attack_slave(sandbox, thief, issue(SLAVE, keys.authority)) as caught:
         heard = next(one.heard for one in caught if one.heard)
-    head, *lines = heard.split("\r\n")
+    head, *login = _sent(heard)
     assert head.startswith("GET /federate?match%5B%5D=")
-    headers = dict(line.split(": ", 1) for line in lines if line)
-    user, _, password = (
-        base64.b64decode(headers["Authorization"].removeprefix("Basic ")).decode().partition(":")
-    )
-    assert user == sandbox.outputs["slaves"]["dublin"]["federationUser"]
-    assert password == _password(sandbox)
+    assert tuple(login) == _login(sandbox)
 
 
 @pytest.mark.usefixtures("hurried")
@@ -233,8 +241,82 @@ def test_whatever_else_the_man_in_the_middle_shows_he_gets_nothing(
         "none": lambda: NO_CERTIFICATE,
     }[kind]()
     began = time.time()
-    with _attack(sandbox, thief, shown) as caught:
+    with _attack_slave(sandbox, thief, shown) as caught:
         first = next(caught)
         said = _failed_scrape(sandbox, began, 5)
-    _assert_learnt_nothing(sandbox, first)
+    _assert_learnt_nothing(first, *_login(sandbox))
     assert error in said
+
+
+# ---- in the place of an exporter ---------------------------------------------------------------
+
+
+@pytest.fixture
+def vacant(sandbox: Sandbox) -> Iterator[None]:
+    """The four exporters' places are free while the test runs."""
+    try:
+        for core in CORES:
+            sandbox.inside(core, "systemctl", "stop", "node_exporter.service")
+        yield
+    finally:
+        for core in CORES:
+            sandbox.inside(core, "systemctl", "start", "node_exporter.service")
+
+
+def _cores(sandbox: Sandbox) -> dict[str, dict[str, Any]]:
+    """The monitored hosts as targets, by the slave's own word."""
+    targets = sandbox.own_api("dublin", "targets", scrapePool="CoreSystems")["activeTargets"]
+    return {target["labels"]["instance"].partition(".")[0]: target for target in targets}
+
+
+@pytest.mark.usefixtures("vacant")
+def test_in_the_exporters_places_only_a_server_of_our_ca_with_the_hosts_name_hears_anything(
+    sandbox: Sandbox, keys: Keyring
+) -> None:
+    # One in each place, all at once; every scrape from here on is theirs.
+    names = {core: f"{core}.example.internal" for core in CORES}
+    ours = keys.authority
+    shown = {
+        "core01": issue(names["core01"], forge_authority()),
+        "core02": keys.leaf(f"slave-dublin-{names['core01']}"),
+        "core03": issue(names["core03"], ours, starts=-2 * DAY, ends=-DAY / 24),
+        # With what only the CA's key can make: what he hears, the others would have heard.
+        "core04": issue(names["core04"], ours),
+    }
+    errors = {
+        "core01": "x509: certificate signed by unknown authority",
+        "core02": f"x509: certificate is valid for {names['core01']}, not {names['core02']}",
+        "core03": "x509: certificate has expired or is not yet valid",
+    }
+    sender = keys.exporter_client("dublin")
+    user, password = sender.user, sender.password
+    with ExitStack() as attacks:
+        caught = {
+            core: attacks.enter_context(
+                _attack(sandbox.namespace(core), sandbox.private_ip(core), 9100, leaf)
+            )
+            for core, leaf in shown.items()
+        }
+        first = {core: next(caught[core]) for core in errors}
+        heard = next(one.heard for one in caught["core04"] if one.heard)
+        targets = _cores(sandbox)
+    for core, error in errors.items():
+        _assert_learnt_nothing(first[core], user, password)
+        assert first[core].alert.endswith("ALERT_BAD_CERTIFICATE"), core
+        assert targets[core]["health"] == "down"
+        assert error in targets[core]["lastError"]
+    assert _sent(heard) == ("GET /metrics HTTP/1.1", user, password)
+
+
+def test_the_exporters_back_in_their_places_are_scraped_again(sandbox: Sandbox) -> None:
+    assert host.wait_until(
+        lambda: {target["health"] for target in _cores(sandbox).values()} == {"up"},
+        seconds=INTERVAL_SECONDS + 5,
+        step=0.5,
+    )
+    # The master hears of it an interval later.
+    assert host.wait_until(
+        lambda: len(sandbox.query('up{job="CoreSystems"} == 1')) == len(CORES),
+        seconds=2 * INTERVAL_SECONDS,
+        step=0.5,
+    )

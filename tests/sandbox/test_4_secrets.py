@@ -21,18 +21,20 @@ from typing import Any
 
 import pytest
 
-from hostfiles.prometheus import federate_password_file
-from sandbox import machine, providers
+from hostfiles.prometheus import password_file
+from sandbox import machine, providers, world
 from sandbox.program import Secret, plain
 from sandbox.state import Record
-from tests.sandbox.conftest import Sandbox
+from tests.sandbox.conftest import CORES, Sandbox
 from tests.sandbox.keyring import Keyring
 from tests.sandbox.probe import Client, Door, Request, ask
 
 PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.+?)\n-----END", re.DOTALL)
 BCRYPT = re.compile(r"\$2b\$\d\d\$[./A-Za-z0-9]{53}")
 OPAQUE = re.compile(r"[A-Za-z0-9+/=]{16,100}")
-USERS = ("prometheus-admin", "local")
+USERS = ("prometheus-admin", "local", "prometheus", "prometheus-2")
+# What the user's own key to the monitored hosts is called here.
+GIVEN = "hostAccess"
 # What a password's hashes are called here.
 HASH = "hash"
 MAKERS = (providers.PRIVATE_KEY, providers.RANDOM_PASSWORD, providers.RANDOM_BYTES)
@@ -42,11 +44,16 @@ GROUPS |= {"etc/node_exporter": "node_exporter"}
 
 
 class Needles:
-    """Every secret of a state as the byte strings by which it would be known, and its name."""
+    """Every secret of a state as the byte strings by which it would be known, and its name.
 
-    def __init__(self, records: Mapping[str, Record]) -> None:
+    `given`: those of the user's settings, by name.
+    """
+
+    def __init__(self, records: Mapping[str, Record], given: Mapping[str, str]) -> None:
         self._names: dict[str, set[str]] = {}
         self.barren: list[str] = []
+        for name, text in given.items():
+            self._take(name, text, True)
         # What makes a secret names it; others only pass it on.
         custom = [record for record in records.values() if record.custom]
         for record in sorted(custom, key=lambda r: r.type not in MAKERS):
@@ -70,7 +77,9 @@ class Needles:
     def _take(self, name: str, text: str, maker: bool) -> int:
         """Notes what is secret in a text; returns how much that is."""
         if text.startswith("{"):
-            files = json.loads(text)["files"]
+            # A monitored host's bundle is in a delivery of more.
+            delivery = json.loads(text)
+            files = delivery.get("bundle", delivery)["files"]
             return sum(self._take(name, file["content"], maker) for file in files if file["secret"])
         keys = [line for body in PEM.findall(text) for line in body.splitlines() if len(line) > 15]
         opaque = [text] if OPAQUE.fullmatch(text) else []
@@ -133,7 +142,7 @@ def _layers(data: bytes) -> Iterator[bytes]:
 
 @pytest.fixture(scope="module")
 def needles(sandbox: Sandbox) -> Needles:
-    return Needles(sandbox.state.records)
+    return Needles(sandbox.state.records, {GIVEN: world.world_key(sandbox.plan).read_text()})
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +163,9 @@ def _roots(sandbox: Sandbox) -> dict[str, Path]:
 
 def test_the_needles_are_all_the_secrets_of_the_state(sandbox: Sandbox, needles: Needles) -> None:
     made = {record.name for record in sandbox.state.records.values() if record.type in MAKERS}
-    assert needles.names == {*made, HASH}
+    assert needles.names == {*made, HASH, GIVEN}
     # What is kept secret for caution only: which host, and what a command said of its work.
-    harmless = r".* (out\.(stdout|stderr)|in\.connection\.(host|hostKey|user))"
+    harmless = r".* (out\.(stdout|stderr)|in\.connection(\.proxy)?\.(host|hostKey|user))"
     assert [name for name in needles.barren if not re.fullmatch(harmless, name)] == []
     for record in sandbox.state.records.values():
         if record.type == providers.COMMAND:
@@ -177,11 +186,20 @@ def test_the_needles_are_all_the_secrets_of_the_state(sandbox: Sandbox, needles:
 def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_them(
     sandbox: Sandbox, needles: Needles, servers: Mapping[str, str]
 ) -> None:
-    expected: dict[str, dict[str, set[str]]] = {m: {} for m in machine.machines(sandbox.plan)}
+    keys = Keyring(sandbox.state)
+    expected: dict[str, dict[str, set[str]]] = {
+        core: {
+            "etc/node_exporter/tls/node_exporter.key": {
+                f"slave-dublin-{core}.example.internal-key"
+            },
+            "etc/node_exporter/config.yml": {HASH},
+        }
+        for core in CORES
+    }
     for server, name in servers.items():
         local = {f"{name}-local-password"}
         files = {
-            "etc/prometheus/secrets/local.password": local,
+            f"etc/prometheus/{password_file('local', keys.password(f'{name}-local'))}": local,
             "etc/prometheus/secrets/ready.curl": local,
             "etc/prometheus/secrets/reload.curl": local,
             "etc/prometheus/secrets/node_exporter.curl": local,
@@ -194,14 +212,20 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
         }
         if server == "master":
             files |= {
-                f"etc/prometheus/{federate_password_file(site, password)}": {
+                f"etc/prometheus/{password_file(f'federate-{site}', password)}": {
                     f"slave-{site}-federation-password"
                 }
                 for site, password in sandbox.outputs["federationPasswords"].items()
             }
+        if server == "dublin":
+            # The password that it will send next is a hash on the hosts, and nothing anywhere yet.
+            sent = f"{name}-exporters-1"
+            path = password_file("exporters", keys.password(sent))
+            files[f"etc/prometheus/{path}"] = {f"{sent}-password"}
         expected[sandbox.machine(server)] = files | {
             "etc/ssh/ssh_host_ed25519_key": {f"{name}-host-key-1"}
         }
+    assert sorted(expected) == machine.machines(sandbox.plan)
     with ThreadPoolExecutor() as pool:
         found = dict(pool.map(lambda m: (m, _files_with_secrets(sandbox, needles, m)), expected))
     for name, files in found.items():
@@ -301,7 +325,7 @@ def test_neither_prometheus_tells_a_secret(
         requests = [Request(door=door, client=client, path=f"/api/v1/{path}") for path in paths]
         namespace = sandbox.plan.machine_netns(sandbox.machine(server))
         answers = ask(namespace, requests)
-        assert "password_file" in answers[0].body
+        assert "scrape_config_files" in answers[0].body
         for path, answer in zip(paths, answers, strict=True):
             assert answer.short == 200
             assert needles.among(answer.body.encode()) == set(), path
@@ -348,19 +372,29 @@ def _told_of(pid: str) -> set[bytes]:
 def test_no_process_here_or_there_has_a_secret_in_its_arguments_or_environment(
     sandbox: Sandbox, needles: Needles, servers: Mapping[str, str]
 ) -> None:
-    # A delivery of both bundles by `up`, as if they had changed.
+    # A delivery of every bundle by `up`, as if they had changed.
     state = sandbox.state
-    for name in servers.values():
-        (record,) = (r for r in state.records.values() if r.name == f"{name}-bundle")
+    delivered = [f"{name}-bundle" for name in servers.values()]
+    delivered += [f"slave-dublin-{core}.example.internal" for core in CORES]
+    for name in delivered:
+        (record,) = (r for r in state.records.values() if r.name == name and r.custom)
         record.inputs["stdin"] = Secret("")
     state.save()
     with Watch() as watch:
         printed = sandbox.up("--no-verify")
         for server in servers:
             sandbox.inside(server, "systemctl", "reload", "prometheus.service", "nginx.service")
-    assert f"{len(servers)} changed" in printed
-    # It saw what came and went: our own ssh, and on the machines what ran for moments.
-    for witness in (b"ssh\0-F\0none", b"/usr/local/sbin/apply-bundle", b"/usr/bin/curl\0--config"):
+    assert f"{len(delivered)} changed" in printed
+    # It saw what came and went: our own ssh, the one it jumps through, and on the machines what ran
+    # for moments.
+    for witness in (
+        b"ssh\0-F\0/tmp/pf-ssh-",
+        b"\0-W\0[10.20.1.11]:22\0jump",
+        b"/usr/local/sbin/apply-bundle",
+        b"/usr/bin/curl\0--config",
+        b"python3\0-c\0import json, sys; d = json.load(sys.stdin)",
+        b"/opt/federation/bin/apply-bundle",
+    ):
         assert any(witness in told for told in watch.seen), witness
     # Processes of the machines are processes of this one.
     running = {told for pid in filter(str.isdigit, os.listdir("/proc")) for told in _told_of(pid)}
@@ -402,6 +436,8 @@ def test_the_sandbox_keeps_secrets_encrypted_but_for_its_outputs(
     assert found == {
         "outputs/operator.key": {"operator-ssh"},
         "outputs/master.curl": {"master-ui-password"},
+        # The user's own.
+        "world/id_ed25519": {GIVEN},
         **user_data,
     }
     assert (folder / "passphrase").stat().st_mode & 0o777 == 0o600

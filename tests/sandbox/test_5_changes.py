@@ -56,13 +56,20 @@ def test_a_fifth_core_host_joins_the_job(quick: Sandbox) -> None:
         }
     )
     slaves = quick.get("slaves")
-    slaves[0]["jobs"][0]["targets"].append("core05.example.internal:9100")
+    slaves[0]["jobs"][0]["hosts"].append(
+        {
+            "host": "core05.example.internal",
+            "address": "10.20.1.15",
+            "hostKey": {"given": "core05.example.internal"},
+        }
+    )
     quick.set(slaves=slaves)
     since = time.time()
     with nothing_lost(quick):
         printed = quick.up()
         assert "1 changed" in printed
         assert "change Command slave-dublin-bundle" in printed
+        assert "create Command slave-dublin-core05.example.internal" in printed
         quick.wait(
             'up{instance="core05.example.internal:9100",group="CoreSystems Monitoring"} == 1'
         )
@@ -87,7 +94,12 @@ def test_a_second_slave_joins_in_a_network_of_its_own(quick: Sandbox) -> None:
         {"id": "vpc-osaka", "cidr": "10.20.0.0/16", "subnets": {"subnet-osaka": "10.20.1.0/24"}}
     )
     quick.world["hosts"].append(
-        {"name": "app01.osaka.internal", "subnet": "subnet-osaka", "address": "10.20.1.11"}
+        {
+            "name": "app01.osaka.internal",
+            "subnet": "subnet-osaka",
+            "address": "10.20.1.11",
+            "exporter": True,
+        }
     )
     slaves = quick.get("slaves")
     slaves.append(
@@ -95,7 +107,8 @@ def test_a_second_slave_joins_in_a_network_of_its_own(quick: Sandbox) -> None:
             "site": "osaka",
             "host": "prometheus-osaka",
             "subnetId": "subnet-osaka",
-            "jobs": [{"name": "Apps", "targets": ["app01.osaka.internal:9100"]}],
+            # Somebody else's exporter, which is not touched.
+            "jobs": [{"name": "Apps", "targets": ["app01.osaka.internal:9100"], "scheme": "http"}],
         }
     )
     quick.set(slaves=slaves)

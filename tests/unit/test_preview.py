@@ -32,16 +32,15 @@ def test_a_target_changes_one_property_of_one_resource_and_one_line_of_one_file(
     dev: Evaluated,
 ) -> None:
     slaves = copy.deepcopy(dev.project.config[f"{NAMESPACE}:slaves"])
-    slaves[0]["jobs"][0]["targets"][3] = "core09.example.internal:9100"
+    slaves[0]["jobs"][0]["targets"] = ["10.0.0.11:9100"]
     lines = preview(dev, run_program(slaves=slaves))
     assert titles(lines) == ["~ change  command:remote:Command slave-dublin-bundle"]
     assert "    ~ stdin: [secret], of which:" in lines
-    assert [line.strip() for line in lines if "prometheus.yml" in line] == [
-        "~ /etc/prometheus/prometheus.yml"
+    assert [line.strip() for line in lines if "jobs.d" in line] == [
+        "~ /etc/prometheus/jobs.d/CoreSystems.yml"
     ]
-    assert [line.split() for line in lines if "example.internal" in line] == [
-        ["-", "-", "core04.example.internal:9100"],
-        ["+", "-", "core09.example.internal:9100"],
+    assert [line.split() for line in lines if "10.0.0.11" in line] == [
+        ["+", "-", "10.0.0.11:9100"],
     ]
 
 
@@ -125,7 +124,7 @@ def test_a_commit_is_compared_with_the_working_tree(checkout: Path) -> None:
     assert "no changes" in same.stdout
     file = checkout / "Pulumi.dev.yaml"
     config = yaml.safe_load(file.read_text())
-    config["config"][f"{NAMESPACE}:slaves"][0]["jobs"][0]["targets"].append("core05.internal:9100")
+    config["config"][f"{NAMESPACE}:slaves"][0]["jobs"][0]["targets"] = ["core05.internal:9100"]
     config["config"][f"{NAMESPACE}:operatorCidrs"] = ["203.0.113.8/32"]
     config["config"][f"{NAMESPACE}:slaves"][0]["instanceType"] = "t3.small"
     file.write_text(yaml.safe_dump(config))

@@ -12,8 +12,10 @@ import yaml
 
 import settings
 from settings import SettingsError, check
+from tests.hostfiles.conftest import Authority
 
 ROOT = Path(__file__).parents[2]
+PUBLIC = Authority().certificate
 
 
 def environment() -> dict[str, Any]:
@@ -50,6 +52,21 @@ def test_the_schema_of_pulumi_yaml_lists_exactly_the_settings_there_are() -> Non
 
 def first_slave(given: dict[str, Any], **change: Any) -> None:
     given["slaves"][0].update(change)
+
+
+HOST = {
+    "host": "core01.example.internal",
+    "hostKey": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
+}
+ACCESS = {"user": "admin", "privateKey": "-----BEGIN OPENSSH PRIVATE KEY-----\nx\n"}
+
+
+def only_job(given: dict[str, Any], **change: Any) -> None:
+    first_slave(given, jobs=[{"name": "a", "targets": ["a:1"], **change}])
+
+
+def hosts(given: dict[str, Any], hosts: list[dict[str, Any]], **change: Any) -> None:
+    first_slave(given, hostAccess=ACCESS, jobs=[{"name": "a", "hosts": hosts, **change}])
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
@@ -135,11 +152,122 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
     "a job with a key that Prometheus has and we must not take": (
         lambda g: first_slave(
             g,
-            jobs=[{"name": "a", "targets": ["a:1"], "basic_auth": {"password": "secret"}}],
+            jobs=[{"name": "a", "targets": ["a:1"], "http_config": {}}],
         ),
         "slaves[0].jobs[0]",
-        "'basic_auth'",
+        "'http_config'",
         "may not have",
+    ),
+    "a job that would not verify its targets": (
+        lambda g: only_job(g, tls_config={"insecure_skip_verify": True}),
+        "slaves[0].jobs[0].tls_config.insecure_skip_verify",
+        "there is no such setting",
+        "remove it",
+    ),
+    "a CA that is a path": (
+        lambda g: only_job(g, tls_config={"ca": "/etc/ssl/ca.pem"}),
+        "slaves[0].jobs[0].tls_config.ca",
+        "'/etc/ssl/ca.pem'",
+        "give the text itself",
+    ),
+    "a client key that is a path": (
+        lambda g: only_job(g, tls_config={"cert": PUBLIC, "key": "/etc/ssl/x.key"}),
+        "slaves[0].jobs[0].tls_config.key",
+        "(not shown)",
+        "not a path",
+    ),
+    "a client certificate without its key": (
+        lambda g: only_job(g, tls_config={"cert": PUBLIC}),
+        "slaves[0].jobs[0].tls_config",
+        "cert and key",
+        "or neither",
+    ),
+    "a password over plain http": (
+        lambda g: only_job(g, scheme="http", basic_auth={"username": "a", "password": "b"}),
+        "slaves[0].jobs[0]",
+        "basic_auth over plain http",
+        "use scheme https",
+    ),
+    "two ways to log in": (
+        lambda g: only_job(
+            g,
+            basic_auth={"username": "a", "password": "b"},
+            authorization={"credentials": "c"},
+        ),
+        "slaves[0].jobs[0]",
+        "basic_auth and authorization",
+        "one of them",
+    ),
+    "a job that scrapes nothing": (
+        lambda g: first_slave(g, jobs=[{"name": "a"}]),
+        "slaves[0].jobs[0]",
+        "scrapes nothing",
+        "give it hosts, targets",
+    ),
+    "hosts and no way to them": (
+        lambda g: first_slave(g, jobs=[{"name": "a", "hosts": [HOST]}]),
+        "slaves[0]",
+        "no hostAccess",
+        "add hostAccess",
+    ),
+    "hosts with an access of their own": (
+        lambda g: hosts(g, [HOST], scheme="http"),
+        "slaves[0].jobs[0]",
+        "and scheme",
+        "a job of their own",
+    ),
+    "a host twice": (
+        lambda g: hosts(g, [HOST, HOST]),
+        "slaves[0].jobs",
+        "'core01.example.internal' 2 times",
+        "list it in one job",
+    ),
+    "a host that is a server of ours": (
+        lambda g: hosts(g, [HOST | {"host": "prometheus-slave.example.com"}]),
+        "",
+        "prometheus-slave.example.com",
+        "take it out",
+    ),
+    "a host without its key": (
+        lambda g: hosts(g, [{"host": "core01.example.internal"}]),
+        "slaves[0].jobs[0].hosts[0].hostKey",
+        "is missing",
+        "set it",
+    ),
+    "a host key that is a fingerprint": (
+        lambda g: hosts(g, [HOST | {"hostKey": "SHA256:abc"}]),
+        "slaves[0].jobs[0].hosts[0].hostKey",
+        "'SHA256:abc'",
+        "cat /etc/ssh/ssh_host_ed25519_key.pub",
+    ),
+    "an address that is a name": (
+        lambda g: hosts(g, [HOST | {"address": "core01"}]),
+        "slaves[0].jobs[0].hosts[0].address",
+        "'core01'",
+        "write it like 10.20.1.11",
+    ),
+    "an SSH key that is a path": (
+        lambda g: first_slave(g, hostAccess={"user": "admin", "privateKey": "~/.ssh/id"}),
+        "slaves[0].hostAccess.privateKey",
+        "(not shown)",
+        "not a path",
+    ),
+    "target files that anybody may write": (
+        lambda g: first_slave(
+            g, jobs=[{"name": "a", "file_sd_configs": [{"files": ["/srv/x.yml"]}]}]
+        ),
+        "slaves[0].jobs[0].file_sd_configs[0].files[0]",
+        "'/srv/x.yml'",
+        "/data/targets",
+    ),
+    "discovery of every instance there is": (
+        lambda g: first_slave(
+            g,
+            jobs=[{"name": "a", "ec2_sd_configs": [{"region": "eu-west-1", "filters": []}]}],
+        ),
+        "slaves[0].jobs[0].ec2_sd_configs[0].filters",
+        "",
+        "at least 1 item",
     ),
     "a job named as one of ours": (
         lambda g: first_slave(g, jobs=[{"name": "federate", "targets": ["a:1"]}]),
@@ -227,10 +355,36 @@ def test_a_refused_password_is_shown_nowhere() -> None:
     assert "canary" not in repr(refusal.value)
 
 
-def test_an_accepted_password_is_shown_nowhere() -> None:
+def test_an_accepted_secret_is_shown_nowhere() -> None:
     given = environment()
-    first_slave(given, password="canary-long-enough-to-be-taken")
-    assert "canary" not in repr(check(given))
+    access = {"user": "a", "privateKey": "-----BEGIN PRIVATE KEY-----\ncanary"}
+    first_slave(given, password="canary-long-enough-to-be-taken", hostAccess=access)
+    given["slaves"][0]["jobs"][0] |= {"basic_auth": {"username": "a", "password": "canary"}}
+    given["slaves"][0]["jobs"].append(
+        {"name": "b", "targets": ["b:1"], "authorization": {"credentials": "canary"}}
+    )
+    chosen = check(given)
+    assert "canary" not in repr(chosen)
+    for job in chosen.slaves[0].jobs:
+        assert job.secrets().password == "canary"
+        assert "canary" not in repr((job.job(), job.secrets()))
+
+
+def test_hosts_are_reached_as_their_site_says_unless_they_say_otherwise() -> None:
+    given = environment()
+    direct = {"user": "root", "port": 2222, "jump": False}
+    other = HOST | {"host": "core02.example.internal"} | direct
+    hosts(given, [HOST, other])
+    (slave,) = check(given).slaves
+    assert slave.host_access
+    plain, special = (slave.host_access.of(host) for host in slave.jobs[0].hosts)
+    assert (plain.user, plain.port, plain.jump) == ("admin", 22, True)
+    assert (special.user, special.port, special.jump) == ("root", 2222, False)
+    assert slave.jump_ports == (22,)
+    assert slave.jobs[0].job().targets == (
+        "core01.example.internal:9100",
+        "core02.example.internal:9100",
+    )
 
 
 @pytest.mark.parametrize(
