@@ -6,6 +6,7 @@ import pulumi
 from pulumi import Output
 
 import settings
+from components.credentials import password
 from components.environment import make_environment
 from components.existing_master import ExistingMaster
 from components.host import HostAddress
@@ -21,15 +22,20 @@ master_address = HostAddress("master", chosen.master, environment) if chosen.mas
 federating = FederatingMaster.of(chosen, master_address)
 
 slaves = [Slave(site, federating, environment) for site in chosen.slaves]
-pulumi.export("slaves", {slave.site.site: slave.outputs for slave in slaves})
-pulumi.export(
-    "federationPasswords", {slave.site.site: slave.federation.password for slave in slaves}
-)
-
+master = None
 if chosen.master and master_address:
     master = Master(chosen.master, master_address, slaves, environment)
     pulumi.export("master", master.outputs)
-    pulumi.export("masterPassword", master.ui.password)
+    pulumi.export("masterPassword", password(master.ui.current))
+    pulumi.export("masterNextPassword", password(master.ui.next))
+
+for slave in slaves:
+    slave.boot(master)
+pulumi.export("slaves", {slave.site.site: slave.outputs for slave in slaves})
+pulumi.export(
+    "federationPasswords",
+    {slave.site.site: password(slave.federation.current) for slave in slaves},
+)
 
 if chosen.existing_master:
     existing = ExistingMaster(chosen.existing_master, environment)

@@ -63,7 +63,7 @@ _MEMORY_OF_LARGE = {"t": 8192, "m": 8192, "c": 4096, "r": 16384}
 _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large": 1}
 
 # Keys, at any depth, whose values no error shows.
-_SECRET_KEYS = frozenset({"password", "privateKey", "key", "credentials"})
+_SECRET_KEYS = frozenset({"password", "nextPassword", "privateKey", "key", "credentials"})
 
 
 class SettingsError(pulumi.RunError):
@@ -104,8 +104,28 @@ InstanceType = Annotated[str, AfterValidator(_instance_type)]
 class RotationSettings(Model):
     """Numbers that say how often a secret was renewed on purpose: one more, and it is renewed."""
 
+    password: Annotated[int, Field(ge=1)] = 1
+    # The password before this one is accepted still: for clients that change by and by.
+    keep_old_password: bool = False
     exporter_password: Annotated[int, Field(ge=1)] = 1
     leaf_certificates: Annotated[int, Field(ge=1)] = 1
+
+
+class EnvironmentRotation(Model):
+    """The same for what all hosts share. `oldest_ca` is the oldest CA that is trusted still."""
+
+    ca: Annotated[int, Field(ge=1)] = 1
+    oldest_ca: Annotated[int, Field(ge=1)] | None = None
+    ssh_key: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _oldest_is_old(self) -> EnvironmentRotation:
+        if self.oldest_ca is not None and self.oldest_ca > self.ca:
+            raise ValueError(
+                f"trusts CAs from generation {self.oldest_ca} on, and {self.ca} signs; lower "
+                "oldestCa to that or leave it out"
+            )
+        return self
 
 
 class HostSettings(Model):
@@ -124,8 +144,28 @@ class HostSettings(Model):
     # Where the targets of `jobs` are, for the egress rules; empty: anywhere in the host's own VPC.
     target_cidrs: tuple[Cidr, ...] = ()
     password: Password | None = None
+    next_password: Password | None = None
     host_access: HostAccess | None = None
     rotation: RotationSettings = RotationSettings()
+
+    @property
+    def own_password(self) -> dict[str, Any]:
+        """What is said of the password of the web page (master) or of federation (slave)."""
+        return {
+            "generation": self.rotation.password,
+            "keep_old": self.rotation.keep_old_password,
+            "password": self.password,
+            "next_password": self.next_password,
+        }
+
+    @model_validator(mode="after")
+    def _old_password_is_known(self) -> HostSettings:
+        if self.password is not None and self.rotation.keep_old_password:
+            raise ValueError(
+                "cannot keep an old password, as it does not know the one before your own; set "
+                "nextPassword first, and then that as password with rotation.password one higher"
+            )
+        return self
 
     @property
     def jump_ports(self) -> tuple[int, ...]:
@@ -207,6 +247,7 @@ class Settings(Model):
     rule_files: tuple[str, ...]
     tags: Mapping[str, str]
     releases: ReleasesSettings
+    rotation: EnvironmentRotation
     slaves: tuple[SlaveSettings, ...]
     master: Annotated[MasterSettings | None, BeforeValidator(_none_if_empty)]
     existing_master: Annotated[ExistingMasterSettings | None, BeforeValidator(_none_if_empty)]

@@ -7,6 +7,8 @@ RandomBytes in the state, never one that bcrypt draws anew.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import bcrypt
 import pulumi
@@ -14,6 +16,7 @@ import pulumi_random as random
 from pulumi import Output, ResourceOptions
 from pydantic import SecretStr
 
+from components.generations import numbered
 from hostfiles.model import Credential
 
 PASSWORD_LENGTH = 48
@@ -79,25 +82,50 @@ class RandomCredential(pulumi.ComponentResource):
         self.register_outputs({})
 
 
-class RotatingCredential(pulumi.ComponentResource):
-    """Two random passwords under two user names: the one in use, and the next one.
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Which password is in use, whether the one before it is still good, and the user's own."""
 
-    Servers take both, clients send `current`. One generation more makes today's `next` the current
-    one: clients may change before their servers do, and no request is refused in between.
+    generation: int = 1
+    keep_old: bool = False
+    password: SecretStr | None = None
+    next_password: SecretStr | None = None
+
+
+class RotatingCredential(pulumi.ComponentResource):
+    """Passwords under several user names: the one in use, and the next one.
+
+    Servers take all of them, clients send `current`. One generation more makes today's `next` the
+    current one: clients may change before their servers do, and no request is refused in between.
     """
 
+    user: str
     current: Output[Credential]
     next: Output[Credential]
+    accepted: Sequence[Output[Credential]]
 
     def __init__(
-        self, name: str, user: str, generation: int, opts: ResourceOptions | None = None
+        self, name: str, user: str, rotation: Rotation, opts: ResourceOptions | None = None
     ) -> None:
         super().__init__("prometheus-federation:index:RotatingCredential", name, None, opts)
-        child_opts = ResourceOptions(parent=self)
-        self.current, self.next = (
-            RandomCredential(
-                f"{name}-{number}", user if number == 1 else f"{user}-{number}", opts=child_opts
+        now = rotation.generation
+        own = {now: rotation.password, now + 1: rotation.next_password}
+        first = now - 1 if rotation.keep_old and now > 1 else now
+        made = {
+            number: RandomCredential(
+                numbered(name, number),
+                numbered(user, number),
+                own.get(number),
+                opts=ResourceOptions(parent=self),
             ).credential
-            for number in (generation, generation + 1)
-        )
+            for number in range(first, now + 2)
+        }
+        self.user = numbered(user, now)
+        self.current, self.next = made[now], made[now + 1]
+        self.accepted = list(made.values())
         self.register_outputs({})
+
+
+def password(credential: Output[Credential]) -> Output[str]:
+    """The password of a credential, as an output."""
+    return credential.apply(lambda known: known.password)

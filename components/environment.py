@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import pulumi
 import pulumi_tls as tls
+from pulumi import Output
 
+from components.generations import numbered
 from components.lookups import Lookups, look_up
 from components.pki import CertificateAuthority
 from settings import NAMESPACE, Settings
@@ -25,6 +27,8 @@ class Environment:
     lookups: Lookups
     authority: CertificateAuthority
     ssh_key: tls.PrivateKey
+    # Who may log in: today's key and the next one, so that it can be renewed over itself.
+    operator_keys: Output[str]
 
     @property
     def prefix(self) -> str:
@@ -44,11 +48,18 @@ class Environment:
 
 def make_environment(settings: Settings) -> Environment:
     """The environment of the current stack."""
+    lookups = look_up(settings)
+    rotation = settings.rotation
+    # ED25519: the one kind that every SSH server of the last decade takes and that is short.
+    keys = [
+        tls.PrivateKey(numbered("operator-ssh", number), algorithm="ED25519")
+        for number in (rotation.ssh_key, rotation.ssh_key + 1)
+    ]
     return Environment(
         stack=pulumi.get_stack(),
         settings=settings,
-        lookups=look_up(settings),
-        authority=CertificateAuthority("ca"),
-        # ED25519: the one kind that every SSH server of the last decade takes and that is short.
-        ssh_key=tls.PrivateKey("operator-ssh", algorithm="ED25519"),
+        lookups=lookups,
+        authority=CertificateAuthority("ca", rotation.ca, rotation.oldest_ca or rotation.ca),
+        ssh_key=keys[0],
+        operator_keys=Output.concat(*(key.public_key_openssh for key in keys)),
     )

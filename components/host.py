@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import pulumi_command as command
 import pulumi_tls as tls
 from pulumi import CustomTimeouts, Input, Output, ResourceOptions
 
-from components.credentials import RandomCredential, RotatingCredential
+from components.credentials import RandomCredential, RotatingCredential, Rotation
 from components.environment import Environment
 from components.firewall import Firewall, TableOf
 from components.lookups import IMAGES
@@ -137,8 +137,16 @@ class Host(pulumi.ComponentResource):
         self.exporters = self._create_exporters()
         self._local = RandomCredential(f"{name}-local", LOCAL_USER, opts=self._child_opts)
 
-    def boot(self, files: Output[HostFiles], secret_files: Output[tuple[File, ...]]) -> None:
-        """Boots the machine from the files that are not secret, then delivers all of them."""
+    def boot(
+        self,
+        files: Output[HostFiles],
+        secret_files: Output[tuple[File, ...]],
+        after: Sequence[pulumi.Resource] = (),
+    ) -> None:
+        """Boots the machine from the files that are not secret, then delivers all of them.
+
+        The delivery waits for `after`.
+        """
         # The key of first contact stands in user-data, which anyone may read who may describe
         # instances; replace-host-key ends its use before the first secret is sent.
         first_contact = self._create_host_key("first-contact")
@@ -174,7 +182,7 @@ class Host(pulumi.ComponentResource):
                 Output.all(files, secret_files).apply(lambda args: bundle.render(*args))
             ),
             timeout=DELIVERY_TIMEOUT,
-            depends_on=[bootstrap],
+            depends_on=[bootstrap, *after],
         )
         self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
 
@@ -185,6 +193,7 @@ class Host(pulumi.ComponentResource):
             volume_id=self._volume.id,
             ca_bundle=self._environment.authority.bundle,
             ca_not_after=self._environment.authority.not_after,
+            operator_keys=self._environment.operator_keys,
             rules=self.firewall.rules,
         ).apply(
             lambda known: kind(
@@ -204,7 +213,9 @@ class Host(pulumi.ComponentResource):
             )
         )
 
-    def secrets(self, kind: type[T], remote: RandomCredential, **special: Input[Any]) -> Output[T]:
+    def secrets(
+        self, kind: type[T], remote: RotatingCredential, **special: Input[Any]
+    ) -> Output[T]:
         """The secrets of this machine, with what is special to its kind."""
         return Output.secret(
             Output.all(
@@ -214,7 +225,7 @@ class Host(pulumi.ComponentResource):
                 local=self._local.credential,
                 exporter=self.exporters.current if self.exporters else None,
                 jobs={job.name: job.secrets() for job in self._host.jobs},
-                remote=[remote.credential],
+                remote=remote.accepted,
                 **special,
             ).apply(lambda known: kind(**known))
         )
@@ -304,7 +315,7 @@ class Host(pulumi.ComponentResource):
         return RotatingCredential(
             f"{self._name}-exporters",
             "prometheus",
-            self._host.rotation.exporter_password,
+            Rotation(generation=self._host.rotation.exporter_password),
             opts=self._child_opts,
         )
 
@@ -318,14 +329,6 @@ class Host(pulumi.ComponentResource):
 
     def _create_instance(self, user_data: Output[str]) -> aws.ec2.Instance:
         settings = self._environment.settings
-        key_pair = aws.ec2.KeyPair(
-            self._name,
-            key_name_prefix=f"{self._environment.prefix}-{self._name}-",
-            public_key=self._environment.ssh_key.public_key_openssh,
-            region=self._host.region,
-            tags=self._environment.tags(self._name),
-            opts=self._child_opts,
-        )
         instance_type = settings.instance_type_of(self._host)
         profile = self._create_profile()
         return aws.ec2.Instance(
@@ -334,7 +337,6 @@ class Host(pulumi.ComponentResource):
             instance_type=instance_type,
             subnet_id=self._network.subnet_id,
             vpc_security_group_ids=[self.firewall.security_group_id],
-            key_name=key_pair.key_name,
             iam_instance_profile=profile.name if profile else None,
             # Until the Elastic IP is there, packages come over a passing public address.
             associate_public_ip_address=True,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pulumi
 from pulumi import Input, Output, ResourceOptions
 
-from components.credentials import RandomCredential
+from components.credentials import RotatingCredential, Rotation, password
 from components.environment import Environment
 from components.firewall import Table, TableOf
 from components.host import Host, HostAddress
@@ -28,7 +28,7 @@ class Master(pulumi.ComponentResource):
     """
 
     host: Host
-    ui: RandomCredential
+    ui: RotatingCredential
 
     def __init__(
         self,
@@ -50,7 +50,9 @@ class Master(pulumi.ComponentResource):
             environment,
             opts=child_opts,
         )
-        self.ui = RandomCredential(f"{name}-ui", UI_USER, settings.password, opts=child_opts)
+        self.ui = RotatingCredential(
+            f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
+        )
         server = self.host.server(
             MasterServer,
             external_labels={},
@@ -60,7 +62,9 @@ class Master(pulumi.ComponentResource):
         secrets = self.host.secrets(
             MasterSecrets,
             self.ui,
-            site_passwords={slave.site.site: slave.federation.password for slave in slaves},
+            site_passwords={
+                slave.site.site: password(slave.federation.current) for slave in slaves
+            },
         )
         self.host.boot(
             server.apply(master.host_files),
@@ -74,7 +78,7 @@ class Master(pulumi.ComponentResource):
         """What a person needs to know of the master."""
         return {
             "url": f"https://{self.host.address.fqdn}",
-            "user": UI_USER,
+            "user": self.ui.user,
             **self.host.outputs,
         }
 

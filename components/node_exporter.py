@@ -133,4 +133,4 @@ def monitor(
 def _users(exporters: RotatingCredential | None) -> list[Output]:
     if exporters is None:
         raise ValueError("a server without jobs of its own access has no hosts")
-    return [exporters.current, exporters.next]
+    return list(exporters.accepted)

@@ -15,6 +15,7 @@ import pulumi
 import pulumi_tls as tls
 from pulumi import Input, Output, ResourceOptions
 
+from components.generations import numbered
 from hostfiles.model import Leaf
 
 ORGANIZATION = "prometheus-federation"
@@ -41,36 +42,53 @@ class LeafArgs:
 
 
 class CertificateAuthority(pulumi.ComponentResource):
-    """A private CA.
+    """A private CA, in several generations: the one that signs, and the one that will be next.
 
-    `bundle` is the PEM of all CA certificates that hosts are to trust; `not_after` the Unix time
-    at which the first of them ends.
+    Hosts trust all from `oldest` to the next one, so that a leaf of another generation is good
+    wherever it arrives first. `bundle` is their PEM; `not_after` the Unix time at which the first
+    of them ends. `key_pem` and `certificate_pem` are of the one that signs.
     """
 
     bundle: Output[str]
     not_after: Output[int]
 
-    def __init__(self, name: str, opts: ResourceOptions | None = None) -> None:
+    key_pem: Output[str]
+    certificate_pem: Output[str]
+
+    def __init__(
+        self, name: str, generation: int, oldest: int, opts: ResourceOptions | None = None
+    ) -> None:
         super().__init__("prometheus-federation:index:CertificateAuthority", name, None, opts)
-        child_opts = ResourceOptions(parent=self)
-        self.key = tls.PrivateKey(
-            f"{name}-key", algorithm="ECDSA", ecdsa_curve="P256", opts=child_opts
+        trusted = {
+            number: self._create(numbered(name, number), number)
+            for number in range(oldest, generation + 2)
+        }
+        key, certificate = trusted[generation]
+        self.key_pem, self.certificate_pem = key, certificate.cert_pem
+        certificates = [certificate for _, certificate in trusted.values()]
+        self.bundle = Output.all(*(one.cert_pem for one in certificates)).apply("".join)
+        self.not_after = Output.all(*(one.validity_end_time for one in certificates)).apply(
+            lambda ends: min(map(_timestamp, ends))
         )
-        self.certificate = tls.SelfSignedCert(
+        self.register_outputs({"bundle": self.bundle})
+
+    def _create(self, name: str, number: int) -> tuple[Output[str], tls.SelfSignedCert]:
+        child_opts = ResourceOptions(parent=self)
+        key = tls.PrivateKey(f"{name}-key", algorithm="ECDSA", ecdsa_curve="P256", opts=child_opts)
+        key_pem = Output.secret(key.private_key_pem)
+        # Each has a subject of its own, so that nobody needs to try one after the other.
+        subject = "Prometheus federation CA" + (f" {number}" if number > 1 else "")
+        certificate = tls.SelfSignedCert(
             f"{name}-certificate",
-            private_key_pem=Output.secret(self.key.private_key_pem),
-            subject=tls.SelfSignedCertSubjectArgs(
-                common_name="Prometheus federation CA", organization=ORGANIZATION
-            ),
+            private_key_pem=key_pem,
+            subject=tls.SelfSignedCertSubjectArgs(common_name=subject, organization=ORGANIZATION),
             is_ca_certificate=True,
             set_subject_key_id=True,
             validity_period_hours=CA_HOURS,
             allowed_uses=["cert_signing", "crl_signing"],
             opts=child_opts,
         )
-        self.bundle = self.certificate.cert_pem
-        self.not_after = self.certificate.validity_end_time.apply(_timestamp)
-        self.register_outputs({"bundle": self.bundle})
+        return key_pem, certificate
 
 
 class LeafCertificate(pulumi.ComponentResource):
@@ -90,9 +108,8 @@ class LeafCertificate(pulumi.ComponentResource):
     ) -> None:
         super().__init__("prometheus-federation:index:LeafCertificate", name, None, opts)
         child_opts = ResourceOptions(parent=self)
-        # Named by generation: the new pair is there before the old one goes.
-        if args.generation > 1:
-            name = f"{name}-{args.generation}"
+        # The new pair is there before the old one goes.
+        name = numbered(name, args.generation)
         names = [args.common_name, *args.more_names]
         addresses = [name for name in names if _is_address(name)]
         key = tls.PrivateKey(f"{name}-key", algorithm="ECDSA", ecdsa_curve="P256", opts=child_opts)
@@ -110,8 +127,8 @@ class LeafCertificate(pulumi.ComponentResource):
         certificate = tls.LocallySignedCert(
             f"{name}-certificate",
             cert_request_pem=request.cert_request_pem,
-            ca_private_key_pem=Output.secret(authority.key.private_key_pem),
-            ca_cert_pem=authority.certificate.cert_pem,
+            ca_private_key_pem=authority.key_pem,
+            ca_cert_pem=authority.certificate_pem,
             validity_period_hours=LEAF_HOURS,
             early_renewal_hours=LEAF_EARLY_RENEWAL_HOURS,
             set_subject_key_id=True,

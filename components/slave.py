@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pulumi
 from pulumi import Input, Output, ResourceOptions
 
-from components.credentials import RandomCredential
+from components.credentials import RotatingCredential, Rotation
 from components.environment import Environment
 from components.firewall import Table, TableOf
 from components.host import Host, HostAddress
@@ -15,6 +16,9 @@ from components.lookups import Network
 from components.node_exporter import monitor
 from hostfiles import firewall, slave
 from hostfiles.model import FederatedSite, ServerSecrets, SlaveServer
+
+if TYPE_CHECKING:
+    from components.master import Master
 from settings import FEDERATION_PORT, Settings, SlaveSettings
 
 FEDERATION_USER = "prometheus-admin"
@@ -47,7 +51,7 @@ class Slave(pulumi.ComponentResource):
 
     site: FederatedSite
     host: Host
-    federation: RandomCredential
+    federation: RotatingCredential
 
     def __init__(
         self,
@@ -69,31 +73,48 @@ class Slave(pulumi.ComponentResource):
             environment,
             opts=child_opts,
         )
-        self.federation = RandomCredential(
-            f"{name}-federation", FEDERATION_USER, settings.password, opts=child_opts
+        self.federation = RotatingCredential(
+            f"{name}-federation",
+            FEDERATION_USER,
+            Rotation(**settings.own_password),
+            opts=child_opts,
         )
         self.site = FederatedSite(
             site=settings.site,
             host=address.fqdn,
             port=FEDERATION_PORT,
-            user=FEDERATION_USER,
+            user=self.federation.user,
             match=settings.match,
             scrape_interval=environment.settings.scrape_interval,
             sample_limit=settings.sample_limit,
         )
-        server = self.host.server(
+        self._settings = settings
+        self._environment = environment
+        self._server = self.host.server(
             SlaveServer,
             external_labels={"site": settings.site},
             site=settings.site,
             master_name=master.name,
             federation_port=FEDERATION_PORT,
         )
+
+    def boot(self, master: Master | None) -> None:
+        """Boots it. When its password was renewed, the master learns it first."""
+        server = self._server
         secrets = self.host.secrets(ServerSecrets, self.federation)
+        renewed = self._settings.rotation.password > 1
         self.host.boot(
             server.apply(slave.host_files),
             Output.all(server, secrets).apply(lambda pair: slave.secret_files(*pair)),
+            after=[master.host.delivered] if master and renewed else [],
         )
-        monitor(settings, self.host, name, environment, opts=child_opts)
+        monitor(
+            self._settings,
+            self.host,
+            f"slave-{self._settings.site}",
+            self._environment,
+            opts=ResourceOptions(parent=self),
+        )
         self.register_outputs(self.outputs)
 
     @property
@@ -101,7 +122,7 @@ class Slave(pulumi.ComponentResource):
         """What a person or a master elsewhere needs to know of this slave."""
         return {
             "federationUrl": f"https://{self.site.host}:{self.site.port}/federate",
-            "federationUser": FEDERATION_USER,
+            "federationUser": self.federation.user,
             **self.host.outputs,
         }
 

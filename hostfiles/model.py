@@ -106,7 +106,8 @@ class Server:
     """What slave and master share, and nobody needs to keep secret.
 
     `ca_bundle` is the PEM of every CA certificate that is trusted, `ca_not_after` the end of the
-    first that ends, in Unix seconds. `memory_mib` is the instance
+    first that ends, in Unix seconds. `operator_keys` are the public SSH keys that may log in, a
+    line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
     `jump_ports` are the SSH ports of hosts that are reached through this server.
     """
@@ -117,6 +118,7 @@ class Server:
     volume_gib: int
     ca_bundle: str
     ca_not_after: int
+    operator_keys: str
     rules: tuple[Rule, ...]
     prometheus: Release
     node_exporter: Release

@@ -65,7 +65,7 @@ class Cloud:
     """All that exists, by id.
 
     `volumes`: size in GiB. `attachments`: volume and instance. `associations`: allocation and
-    instance. `records`: address. `keys`: public key, by name.
+    instance. `records`: address.
     """
 
     instances: dict[str, Instance] = field(default_factory=dict)
@@ -73,7 +73,6 @@ class Cloud:
     attachments: dict[str, tuple[str, str]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     associations: dict[str, tuple[str, str]] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)
     records: dict[str, str] = field(default_factory=dict)
@@ -115,7 +114,6 @@ class AwsProvider(Provider):
             providers.EIP: self._allocate,
             providers.EIP_ASSOCIATION: self._associate,
             providers.RECORD: self._register,
-            providers.KEY_PAIR: self._import_key,
             providers.SECURITY_GROUP: self._create_group,
             providers.INGRESS_RULE: self._authorize,
             providers.EGRESS_RULE: self._authorize,
@@ -309,12 +307,6 @@ class AwsProvider(Provider):
 
     # Instances
 
-    def _import_key(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
-        name = f"{inputs['keyNamePrefix']}{secrets.token_hex(4)}"
-        with self._changing(seen=False):
-            self._cloud.keys[name] = inputs["publicKey"]
-        return name, {"keyName": name}
-
     def _run_instance(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
         _size_of(inputs["instanceType"])
         id_ = _new_id("i")
@@ -341,7 +333,6 @@ class AwsProvider(Provider):
                 {
                     "instance-id": id_,
                     "local-hostname": f"ip-{instance.private_ip.replace('.', '-')}",
-                    "public-keys": [self._cloud.keys[inputs["keyName"]]],
                 }
             )
         )

@@ -19,7 +19,6 @@ VOLUME = "aws:ebs/volume:Volume"
 VOLUME_ATTACHMENT = "aws:ec2/volumeAttachment:VolumeAttachment"
 EIP = "aws:ec2/eip:Eip"
 EIP_ASSOCIATION = "aws:ec2/eipAssociation:EipAssociation"
-KEY_PAIR = "aws:ec2/keyPair:KeyPair"
 RECORD = "aws:route53/record:Record"
 SECURITY_GROUP = "aws:ec2/securityGroup:SecurityGroup"
 INGRESS_RULE = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule"
@@ -39,14 +38,11 @@ _ALL = frozenset({"*"})
 
 # Properties whose change makes a new resource instead of changing the old one.
 REPLACE_ON: Mapping[str, frozenset[str]] = {
-    INSTANCE: frozenset(
-        "ami associatePublicIpAddress availabilityZone keyName privateIp subnetId".split()
-    ),
+    INSTANCE: frozenset("ami associatePublicIpAddress availabilityZone privateIp subnetId".split()),
     VOLUME: frozenset("availabilityZone encrypted kmsKeyId snapshotId".split()),
     VOLUME_ATTACHMENT: frozenset("deviceName instanceId volumeId".split()),
     EIP: frozenset({"domain"}),
     EIP_ASSOCIATION: frozenset("allocationId instanceId publicIp".split()),
-    KEY_PAIR: frozenset("keyName keyNamePrefix publicKey".split()),
     RECORD: frozenset("name type zoneId".split()),
     SECURITY_GROUP: frozenset("description name namePrefix vpcId".split()),
     INGRESS_RULE: frozenset({"securityGroupId"}),

@@ -90,7 +90,6 @@ def _outputs(resource: Resource, id_: str) -> dict[str, Any]:
             "publicIp": f"198.18.{digest[0]}.{digest[1]}",
             "allocationId": f"eipalloc-{id_}",
         },
-        providers.KEY_PAIR: {"keyName": f"key-{id_}"},
         providers.PRIVATE_KEY: {
             "privateKeyPem": f"private key {id_}\n",
             "privateKeyOpenssh": f"private OpenSSH key {id_}\n",

@@ -133,6 +133,7 @@ def slave_server(authority: Authority, prometheus_version: str) -> Callable[...,
             "volume_gib": 20,
             "ca_bundle": authority.certificate,
             "ca_not_after": 2_000_000_000,
+            "operator_keys": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERIT\n",
             "rules": firewall.slave_rules(
                 operator_cidrs=["203.0.113.1/32"],
                 master_cidrs=["198.51.100.7/32"],
@@ -184,6 +185,7 @@ def master_server(
             "volume_gib": 20,
             "ca_bundle": authority.certificate,
             "ca_not_after": 2_000_000_000,
+            "operator_keys": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERIT\n",
             "rules": firewall.master_rules(
                 operator_cidrs=["203.0.113.1/32"],
                 ui_port=443,

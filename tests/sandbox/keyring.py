@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,12 +36,25 @@ class Keyring:
 
     @property
     def authority(self) -> Leaf:
-        """The stack's own CA with its key."""
-        certificate = self._outputs[providers.SELF_SIGNED_CERT, "ca-certificate"]["certPem"]
-        return Leaf(certificate=certificate, key=self.private_key("ca-key"), not_after=0)
+        """The stack's own CA with its key: the one that signs, which is the oldest there is."""
+        name = self._newest(providers.SELF_SIGNED_CERT, "ca", "-certificate", oldest=True)
+        certificate = self._outputs[providers.SELF_SIGNED_CERT, f"{name}-certificate"]["certPem"]
+        return Leaf(certificate=certificate, key=self.private_key(f"{name}-key"), not_after=0)
+
+    def _newest(self, type_: str, name: str, end: str, *, oldest: bool = False) -> str:
+        """The name with the number of its generation, as resources have it from the second on."""
+        found = {
+            int(match[1] or 1): made.removesuffix(end)
+            for kind, made in self._outputs
+            if kind == type_
+            and (match := re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?{end}", made))
+        }
+        assert found, f"no {name}{end}"
+        return found[min(found) if oldest else max(found)]
 
     def leaf(self, name: str) -> Leaf:
         """A leaf, such as `master-prometheus`."""
+        name = self._newest(providers.LOCALLY_SIGNED_CERT, name, "-certificate")
         certificate = self._outputs[providers.LOCALLY_SIGNED_CERT, f"{name}-certificate"]
         return Leaf(
             certificate=certificate["certPem"], key=self.private_key(f"{name}-key"), not_after=0
@@ -62,7 +76,8 @@ class Keyring:
     def client(self, leaf: Leaf | None, user: str = "", password: str = "") -> Client:
         """Somebody who trusts the stack's CA."""
         certificate, key = (leaf.certificate, leaf.key) if leaf else ("", "")
-        ca = self.authority.certificate
+        kinds = self._outputs.items()
+        ca = "".join(made["certPem"] for (k, _), made in kinds if k == providers.SELF_SIGNED_CERT)
         return Client(certificate=certificate, key=key, user=user, password=password, ca=ca)
 
     def own_client(self, server: str) -> Client:
@@ -73,7 +88,7 @@ class Keyring:
     def exporter_client(self, site: str) -> Client:
         """A site's Prometheus towards the hosts that it monitors."""
         name = resource(site)
-        password = self.password(f"{name}-exporters-1")
+        password = self.password(f"{name}-exporters")
         return self.client(self.leaf(f"{name}-prometheus"), "prometheus", password)
 
 

@@ -219,7 +219,7 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
             }
         if server == "dublin":
             # The password that it will send next is a hash on the hosts, and nothing anywhere yet.
-            sent = f"{name}-exporters-1"
+            sent = f"{name}-exporters"
             path = password_file("exporters", keys.password(sent))
             files[f"etc/prometheus/{path}"] = {f"{sent}-password"}
         expected[sandbox.machine(server)] = files | {

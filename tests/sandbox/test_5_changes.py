@@ -263,21 +263,6 @@ def test_a_new_certificate_is_in_use_without_a_restart_or_a_lost_scrape(quick: S
     assert not set(before) & set(after)
 
 
-def test_a_new_password_is_in_use_without_a_restart(quick: Sandbox) -> None:
-    slaves = quick.get("slaves")
-    slaves[0]["password"] = "a-password-of-the-user-s-own-choice"
-    quick.set(slaves=slaves)
-    before = quick.start_times()
-    quick.up()
-    # Slave and master change one after the other: overlap is a later issue's business.
-    changed = time.time()
-    quick.wait(f"min_over_time({FEDERATE}[{3 * INTERVAL_SECONDS}s]) == 1")
-    assert time.time() - changed < 30
-    assert quick.start_times() == before
-    held = quick.script("master", "cat /etc/prometheus/secrets/federate-dublin-*.password")
-    assert held.strip() == "a-password-of-the-user-s-own-choice"
-
-
 def test_an_instance_type_change_stops_and_starts_its_machine_and_keeps_the_data(
     quick: Sandbox,
 ) -> None:

@@ -61,7 +61,7 @@ def test_every_resource_but_the_components_of_the_stack_has_a_component_as_paren
 ) -> None:
     by_urn = {r.urn: r for r in dev.recorder.resources}
     on_top = {r.name for r in dev.recorder.resources if r.parent not in by_urn}
-    assert on_top == {"ca", "operator-ssh", "master", "slave-dublin"}
+    assert on_top == {"ca", "operator-ssh", "operator-ssh-2", "master", "slave-dublin"}
     for resource in dev.recorder.resources:
         if resource.parent in by_urn:
             assert not by_urn[resource.parent].custom
@@ -247,7 +247,13 @@ def test_nothing_derived_from_a_secret_reaches_a_resource_unmarked(dev: Evaluate
 
 def test_outputs_derived_from_secrets_are_secret(dev: Evaluated) -> None:
     secret = {name for name, value in dev.outputs.items() if isinstance(value, Secret)}
-    assert secret == {"caCertificate", "sshPrivateKey", "federationPasswords", "masterPassword"}
+    assert secret == {
+        "caCertificate",
+        "sshPrivateKey",
+        "federationPasswords",
+        "masterPassword",
+        "masterNextPassword",
+    }
     values = set(secret_values(dev))
     for text, marked in strings(dev.outputs):
         assert marked or not any(value in text for _, value in values)

@@ -252,6 +252,20 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "(not shown)",
         "not a path",
     ),
+    "an old password beside one of the user's own": (
+        lambda g: first_slave(
+            g, password="x" * 24, rotation={"password": 2, "keepOldPassword": True}
+        ),
+        "slaves[0]",
+        "cannot keep an old password",
+        "set nextPassword first",
+    ),
+    "a CA that signs and is not trusted": (
+        lambda g: g.update(rotation={"ca": 1, "oldestCa": 2}),
+        "rotation",
+        "from generation 2 on, and 1 signs",
+        "leave it out",
+    ),
     "target files that anybody may write": (
         lambda g: first_slave(
             g, jobs=[{"name": "a", "file_sd_configs": [{"files": ["/srv/x.yml"]}]}]
