@@ -289,3 +289,20 @@ def test_a_host_with_a_public_address_is_reached_and_scraped_over_the_internet(
     change_job(sandbox, hosts=without)
     sandbox.up()
     assert "9100" not in sandbox.inside("core09", "ufw", "status")
+
+
+def test_targets_in_a_file_of_the_users_are_scraped_with_the_same_access(
+    every_second: Sandbox,
+) -> None:
+    sandbox = every_second
+    before = sandbox.get("slaves")
+    found = {"name": "found", "file_sd_configs": [{"files": ["/data/targets/found.yml"]}]}
+    change_slave(sandbox, jobs=[*before[0]["jobs"], found])
+    sandbox.up()
+    sandbox.script(
+        "dublin",
+        "echo '- targets: [core01.example.internal:9100]' > /data/targets/found.yml",
+    )
+    ask(sandbox, 'up{job="found",instance="core01.example.internal:9100"} == 1')
+    sandbox.set(slaves=before)
+    sandbox.up()
