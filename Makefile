@@ -43,7 +43,7 @@ test-unit: lint ## What needs neither root nor machines
 	@$(RUN) pytest -n auto -m "not machines"
 
 soak: .venv/.complete ## Slow: another Prometheus built and upgraded to, and fifty monitored hosts (root)
-	@$(RUN) pytest -s --timeout 3600 tests/soak
+	@$$([ $$(id -u) = 0 ] || echo sudo) $(RUN) pytest -s --timeout 3600 tests/soak
 
 preview: .venv/.complete ## What this working tree would change since REF: make preview REF=main STACK=dev
 	@$(RUN) sandbox.preview --ref $(REF) --stack $(STACK)
