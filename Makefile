@@ -1,6 +1,6 @@
 # Each target is one line of what it really runs; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help up down status verify ssh purge test test-unit lint preview
+.PHONY: help up down status verify ssh purge test test-unit soak lint preview
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -41,6 +41,9 @@ test: lint ## Everything: lint, unit tests, rendered files, booted machines (ask
 
 test-unit: lint ## What needs neither root nor machines
 	@$(RUN) pytest -n auto -m "not machines"
+
+soak: .venv/.complete ## Slow: another Prometheus built and upgraded to, and fifty monitored hosts (root)
+	@$$([ $$(id -u) = 0 ] || echo sudo) $(RUN) pytest -s --timeout 3600 tests/soak
 
 preview: .venv/.complete ## What this working tree would change since REF: make preview REF=main STACK=dev
 	@$(RUN) sandbox.preview --ref $(REF) --stack $(STACK)

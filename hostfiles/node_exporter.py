@@ -72,6 +72,10 @@ def checks(server: Server) -> tuple[Check, ...]:
     """promtool knows the format: it is Prometheus's own."""
     return (
         Check(
+            name="node_exporter",
+            argv=(f"{directory(server.node_exporter)}/node_exporter", "--version"),
+        ),
+        Check(
             name="node_exporter's config.yml",
             argv=(
                 f"{directory(server.prometheus)}/promtool",

@@ -92,6 +92,8 @@ def _secret(path: str, content: str) -> File:
 def checks(server: Server) -> tuple[Check, ...]:
     """promtool reads the whole configuration: rules, federate jobs and every file they name."""
     return (
+        # One that does not even start is not to stop the one that serves.
+        Check(name="Prometheus", argv=(f"{directory(server.prometheus)}/prometheus", "--version")),
         Check(
             name="prometheus.yml",
             argv=(

@@ -164,17 +164,21 @@ def _converge(
         )
         base = image.ensure_image(steps)
         local = fetching.result()
-        config = {
-            **project.config,
-            f"{project.name}:releases": {
-                key: {
-                    "version": local[pin.name].version,
-                    "sha256": local[pin.name].sha256,
-                    "url": local[pin.name].url,
-                }
-                for key, pin in RELEASES.items()
-            },
-        }
+        # The cached ones, but for those that the settings name.
+        chosen = {
+            key: {
+                "version": local[pin.name].version,
+                "sha256": local[pin.name].sha256,
+                "url": local[pin.name].url,
+            }
+            for key, pin in RELEASES.items()
+        } | dict(project.config.get(f"{project.name}:releases", {}))
+        config = {**project.config, f"{project.name}:releases": chosen}
+        for key, pin in RELEASES.items():
+            if chosen[key]["sha256"] != local[pin.name].sha256:
+                local[pin.name] = replace(
+                    local[pin.name], version=chosen[key]["version"], origin="as the settings say"
+                )
         fabric = Fabric(plan)
         world.ensure_networks(plan, given, fabric)
         hosts = side_by_side.submit(world.ensure_hosts, plan, given, steps)

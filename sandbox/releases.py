@@ -93,11 +93,35 @@ def ensure_releases(progress: Progress, pins: Sequence[Pin]) -> dict[str, LocalR
             releases = _fetch_official(pins) or _repackage(pins)
             for release in releases:
                 _unpack_tools(release)
-            rows = [{**asdict(release), "path": str(release.path)} for release in releases]
-            temporary = RELEASES_DIR / "tmp-index"
-            temporary.write_text(json.dumps(rows, indent=2))
-            temporary.rename(index)
+            _write_index(index, releases)
         return {release.name: release for release in releases}
+
+
+def debian_build(progress: Progress, name: str, suite: str) -> LocalRelease:
+    """Return a program as a suite of Debian builds it: another version, for upgrades to be tried.
+
+    Raises SandboxError where it cannot be had.
+    """
+    RELEASES_DIR.mkdir(parents=True, exist_ok=True)
+    with (RELEASES_DIR / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        index = RELEASES_DIR / f"index-{name}-{suite}.json"
+        if found := _read_index(index):
+            return found[name]
+        _remove_leftovers()
+        with progress(f"Fetching {name} of Debian {suite}"):
+            work = RELEASES_DIR / "tmp-debian"
+            _download_debian(work, _DEBIAN[name][0], suite)
+            release = _repackage_one(name, work, suite)
+            shutil.rmtree(work)
+            _write_index(index, [release])
+        return release
+
+
+def add(name: str, version: str, files: dict[str, Path], origin: str) -> LocalRelease:
+    """Put a release that is made of these programs into the cache."""
+    RELEASES_DIR.mkdir(parents=True, exist_ok=True)
+    return _pack_release(name, version, files, origin)
 
 
 def tool(name: str) -> Path:
@@ -121,6 +145,13 @@ def _read_index(index: Path) -> dict[str, LocalRelease] | None:
     rows = json.loads(index.read_text())
     releases = {row["name"]: LocalRelease(**{**row, "path": Path(row["path"])}) for row in rows}
     return releases if all(release.path.exists() for release in releases.values()) else None
+
+
+def _write_index(index: Path, releases: Sequence[LocalRelease]) -> None:
+    rows = [{**asdict(release), "path": str(release.path)} for release in releases]
+    temporary = RELEASES_DIR / "tmp-index"
+    temporary.write_text(json.dumps(rows, indent=2))
+    temporary.rename(index)
 
 
 def _remove_leftovers() -> None:
@@ -187,18 +218,18 @@ def _repackage(pins: Sequence[Pin]) -> list[LocalRelease]:
         )
     work = RELEASES_DIR / "tmp-debian"
     packages = [package for pin in pins for package in _DEBIAN[pin.name][0]]
-    _download_debian(work, packages)
+    _download_debian(work, packages, FALLBACK_SUITE)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        releases = list(pool.map(lambda pin: _repackage_one(pin.name, work), pins))
+        releases = list(pool.map(lambda pin: _repackage_one(pin.name, work, FALLBACK_SUITE), pins))
     shutil.rmtree(work)
     return releases
 
 
-def _download_debian(work: Path, packages: Sequence[str]) -> None:
+def _download_debian(work: Path, packages: Sequence[str], suite: str) -> None:
     """Let apt fetch the packages, its signature check included, away from this machine's apt."""
     for folder in ("lists/partial", "cache/archives/partial", "debs"):
         (work / folder).mkdir(parents=True)
-    line = f"deb [signed-by={KEYRING}] {mirror()} {FALLBACK_SUITE} main\n"
+    line = f"deb [signed-by={KEYRING}] {mirror()} {suite} main\n"
     (work / "sources.list").write_text(line)
     proxies = (option.rstrip(";").split(" ", 1) for option in proxy_options())
     options = {
@@ -221,7 +252,7 @@ def _download_debian(work: Path, packages: Sequence[str]) -> None:
     )
 
 
-def _repackage_one(name: str, work: Path) -> LocalRelease:
+def _repackage_one(name: str, work: Path, suite: str) -> LocalRelease:
     packages, files = _DEBIAN[name]
     root = work / name
     version = ""
@@ -230,17 +261,26 @@ def _repackage_one(name: str, work: Path) -> LocalRelease:
         run(["dpkg-deb", "--extract", deb, root])
         version = version or run(["dpkg-deb", "--field", deb, "Version"]).stdout.strip()
     upstream = version.partition("-")[0].partition("+")[0]
-    top = f"{name}-{upstream}.linux-amd64"
+    return _pack_release(
+        name,
+        upstream,
+        {file: root / source for file, source in files.items()},
+        f"repackaged from Debian {suite}'s {packages[0]} {version}",
+    )
+
+
+def _pack_release(name: str, version: str, files: dict[str, Path], origin: str) -> LocalRelease:
+    top = f"{name}-{version}.linux-amd64"
     path = RELEASES_DIR / f"{top}.tar.gz"
     temporary = RELEASES_DIR / f"tmp-{path.name}"
-    temporary.write_bytes(pack(top, {file: root / source for file, source in files.items()}))
+    temporary.write_bytes(pack(top, files))
     temporary.rename(path)
     return LocalRelease(
         name=name,
-        version=upstream,
+        version=version,
         path=path,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        origin=f"repackaged from Debian {FALLBACK_SUITE}'s {packages[0]} {version}",
+        origin=origin,
     )
 
 

@@ -256,3 +256,45 @@ def test_a_second_run_waits_for_the_first(applied: Host) -> None:
     done = applied.root.run(["sh", "-c", script])
     assert done.returncode == 0, done.stderr
     assert "changed /etc/demo/b" in done.stdout
+
+
+def released(*versions: str, a: str = "good 1") -> dict[str, Any]:
+    """A bundle whose program `demo` is of the last of these versions."""
+    release = {"name": "demo", "version": versions[-1], "url": "file:///none", "sha256": "0"}
+    return bundle(a=a, b=versions[-1]) | {"releases": [release]}
+
+
+def test_of_each_program_the_release_before_is_kept_and_older_ones_are_removed(
+    host: Host,
+) -> None:
+    host.root.write(
+        "/stub/install-release", "#!/bin/sh\nexec mkdir -p /opt/releases/$1-$2\n", 0o755
+    )
+    # Somebody else's.
+    host.root.write("/opt/releases/demo-0/program", "")
+
+    def there() -> list[str]:
+        names = host.root.run(["ls", "-A", "/opt/releases"]).stdout.split()
+        return [name for name in names if "demo-" in name]
+
+    for version in ("1", "2"):
+        assert host.apply(released(version)).returncode == 0
+    assert there() == ["demo-0", "demo-1", "demo-2"]
+    # One that was refused stays until another was taken, and is not the one before.
+    assert host.apply(released("3", a="bad")).returncode == 1
+    assert there() == ["demo-0", "demo-1", "demo-2", "demo-3"]
+    assert host.apply(released("4")).returncode == 0
+    assert there() == ["demo-0", "demo-2", "demo-4"]
+    # Back: the one before is there already.
+    assert host.apply(released("2")).returncode == 0
+    assert there() == ["demo-0", "demo-2", "demo-4"]
+
+
+def test_a_release_that_cannot_be_had_changes_nothing(applied: Host) -> None:
+    words = "its sum is another"
+    applied.root.write("/stub/install-release", f"#!/bin/sh\necho {words} >&2\nexit 1\n", 0o755)
+    done = applied.apply(released("2"))
+    assert done.returncode == 1
+    assert done.stderr == f"apply-bundle: installing demo 2: {words}\nNothing was changed.\n"
+    assert applied.cat("/etc/demo/b") == "1"
+    assert applied.calls == []

@@ -47,3 +47,34 @@ def test_another_sum_is_refused_with_both(tool_root: Root, tarball: str) -> None
     assert tarball in done.stderr
     assert "0" * 64 in done.stderr
     assert tool_root.run(["test", "-e", "/opt/releases/demo-1.0"]).returncode == 1
+
+
+@pytest.mark.usefixtures("tarball")
+def test_one_that_is_not_there_is_told_at_once(tool_root: Root) -> None:
+    # The root has no network of ours to serve on: a server of its own, on its loopback.
+    script = f"""
+        ip link set lo up
+        python3 -m http.server --bind 127.0.0.1 8000 >/dev/null 2>&1 &
+        until (exec 3<>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep 0.1; done
+        install-release demo 1.0 http://127.0.0.1:8000/none.tar.gz {"0" * 64}
+        told=$?
+        kill %1
+        exit $told
+    """
+    done = tool_root.run(["bash", "-mc", script])
+    assert done.returncode == 1
+    assert "HTTP Error 404" in done.stderr
+    assert "attempt 2" not in done.stderr
+
+
+def test_what_a_killed_one_left_is_removed_and_one_that_still_runs_is_waited_for(
+    tool_root: Root, tarball: str
+) -> None:
+    tool_root.write("/opt/releases/.demo-left/tarball", "half")
+    install = f"install-release demo 1.0 file:///srv/demo.tar.gz {tarball}"
+    locked = "flock /opt/releases sh -c 'sleep 1; mkdir /opt/releases/demo-1.0' & sleep 0.3; "
+    done = tool_root.run(["sh", "-c", f"{locked} exec {install}"])
+    assert done.returncode == 0, done.stderr
+    there = tool_root.run(["ls", "-A", "/opt/releases"]).stdout.split()
+    assert [name for name in there if "demo" in name] == ["demo-1.0"]
+    assert tool_root.run(["ls", "-A", "/opt/releases/demo-1.0"]).stdout == "", "not ours"

@@ -49,6 +49,8 @@ def broken(host: HostFiles, path: str, old: str, new: str) -> HostFiles:
 
 
 CHECKS = [
+    "Prometheus",
+    "node_exporter",
     "prometheus.yml",
     "web.yml",
     "node_exporter's config.yml",
