@@ -32,6 +32,6 @@ if chosen.master and master_address:
     pulumi.export("masterPassword", master.ui.password)
 
 if chosen.existing_master:
-    existing = ExistingMaster(chosen.existing_master, environment)
+    existing = ExistingMaster(chosen.existing_master, slaves, environment)
     pulumi.export("existingMasterCertificate", existing.leaf.apply(lambda leaf: leaf.certificate))
     pulumi.export("existingMasterKey", existing.leaf.apply(lambda leaf: leaf.key))
