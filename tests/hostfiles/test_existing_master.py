@@ -445,7 +445,8 @@ class Hub:
 
     def reloads(self) -> str:
         found = self.api("metrics").decode()
-        return next(line for line in found.splitlines() if "success_timestamp_seconds " in line)
+        name = "prometheus_config_last_reload_success_timestamp_seconds "
+        return next(line for line in found.splitlines() if line.startswith(name))
 
     def config(self) -> str:
         return (self.etc / "prometheus.yml").read_text()

@@ -22,6 +22,7 @@ from sandbox import machine, providers
 from sandbox.host import wait_until
 from sandbox.program import plain
 from sandbox.releases import tool
+from sandbox.state import Record, State
 from sandbox.world import USER
 from tests.sandbox.conftest import Sandbox
 
@@ -34,12 +35,13 @@ global: {scrape_interval: 1s,   scrape_timeout: 1s}
 
 scrape_configs:
 -   job_name: "own"        # itself
+    metrics_path:   /prom/metrics
     static_configs:
     - targets: ['127.0.0.1:9090']
       labels: { team:   ops }
 
   # Twice, as it was always so.
-- {job_name: again, static_configs: [{targets: ["127.0.0.1:9090"]}]}
+- {job_name: again, metrics_path: "/prom/metrics", static_configs: [{targets: ["127.0.0.1:9090"]}]}
 # The end, without an end of its line"""
 UNIT = """\
 [Service]
@@ -114,14 +116,15 @@ def hub(sandbox: Sandbox) -> Iterator[Sandbox]:
             shutil.copy(tool(name), path)
     if "no such user" in sandbox.inside(HUB, "id", "prom", check=False):
         sandbox.inside(HUB, "bash", "-c", SETUP, "setup", CONFIG, UNIT)
-    assert wait_until(lambda: query(sandbox, 'up{job="own"}'), seconds=60, step=0.5)
+    assert wait_until(lambda: query(sandbox, 'up{job="own"} == 1'), seconds=60, step=0.5)
     yield sandbox
+    # First its jobs go, while it is there; its host goes with the next `up`.
     sandbox.set(existingMaster={})
+    sandbox.up()
     sandbox.world["hosts"] = [row for row in sandbox.world["hosts"] if row["name"] != HOST]
     sandbox.world["networks"] = [
         row for row in sandbox.world["networks"] if row["id"] != "vpc-elsewhere"
     ]
-    sandbox.up()
 
 
 def query(sandbox: Sandbox, promql: str) -> list[dict[str, Any]]:
@@ -183,9 +186,7 @@ def test_the_sites_come_to_it_and_it_is_left_as_it_was(hub: Sandbox) -> None:
 
     there, moment = sandbox.script(HUB, SNAPSHOT), reloaded(sandbox)
     assert "no changes" in sandbox.up()
-    state = sandbox.state
-    (record,) = (r for r in state.records.values() if r.name == "existing-master")
-    state.forget(record)
+    forget(sandbox)
     sandbox.up()
     assert sandbox.script(HUB, SNAPSHOT) == there, "a delivery that was made already"
     assert reloaded(sandbox) == moment
@@ -211,14 +212,24 @@ def deliver(sandbox: Sandbox, delivery: dict[str, Any]) -> subprocess.CompletedP
     )
 
 
+def command(state: State) -> Record:
+    (found,) = (
+        record
+        for record in state.records.values()
+        if record.type == providers.COMMAND and record.name == "existing-master"
+    )
+    return found
+
+
 def sent(sandbox: Sandbox) -> dict[str, Any]:
     """What the program sent it last."""
-    (record,) = (
-        r
-        for r in sandbox.state.records.values()
-        if r.type == providers.COMMAND and r.name == "existing-master"
-    )
-    return json.loads(plain(record.inputs)["stdin"])
+    return json.loads(plain(command(sandbox.state).inputs)["stdin"])
+
+
+def forget(sandbox: Sandbox) -> None:
+    """The next `up` delivers it anew."""
+    state = sandbox.state
+    state.forget(command(state))
 
 
 def test_what_goes_wrong_goes_back_and_says_why(hub: Sandbox) -> None:
@@ -270,9 +281,7 @@ def test_killed_in_the_middle_the_next_up_finishes(hub: Sandbox) -> None:
         changed = json.loads(json.dumps(delivery).replace(name, f"{number}-{name}"))
         sandbox.inside(HUB, "tee", "/root/delivery", stdin=json.dumps(changed))
         sandbox.inside(HUB, "bash", "-c", kill, "kill", "/root/delivery", seconds, check=False)
-        state = sandbox.state
-        (record,) = (r for r in state.records.values() if r.name == "existing-master")
-        state.forget(record)
+        forget(sandbox)
         sandbox.up()
         files = sandbox.inside(HUB, "ls", "/srv/mon/conf/federate.d/files").split()
         assert sorted(files) == sorted(delivery["files"])
