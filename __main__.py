@@ -38,6 +38,6 @@ pulumi.export(
 )
 
 if chosen.existing_master:
-    existing = ExistingMaster(chosen.existing_master, environment)
+    existing = ExistingMaster(chosen.existing_master, slaves, environment)
     pulumi.export("existingMasterCertificate", existing.leaf.apply(lambda leaf: leaf.certificate))
     pulumi.export("existingMasterKey", existing.leaf.apply(lambda leaf: leaf.key))

@@ -47,7 +47,8 @@ JOB_OPTIONS = frozenset(
 )
 
 
-def _certificates(value: str) -> str:
+def certificates(value: str) -> str:
+    """The same PEM text, or `system`; ValueError if it is no certificate."""
     if value == "system":
         return value
     try:
@@ -113,8 +114,8 @@ class TlsSettings(_PrometheusModel):
     the public certificate authorities.
     """
 
-    ca: Annotated[str, AfterValidator(_certificates)] | None = None
-    cert: Annotated[str, AfterValidator(_certificates)] | None = None
+    ca: Annotated[str, AfterValidator(certificates)] | None = None
+    cert: Annotated[str, AfterValidator(certificates)] | None = None
     key: PrivateKey | None = None
     server_name: str | None = None
     min_version: Literal["TLS12", "TLS13"] = "TLS12"

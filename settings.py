@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from existing_master_settings import ExistingMasterSettings
 from hostfiles.model import Release
 from job_settings import HostAccess, JobSettings, check_jobs
 from setting_types import Cidr, DomainName, Duration, HostLabel, Model, Password, SubnetId
@@ -205,13 +206,6 @@ class MasterSettings(HostSettings):
     """The master Prometheus of this environment."""
 
 
-class ExistingMasterSettings(Model):
-    """A Prometheus that someone else runs and that will federate the slaves of this environment."""
-
-    host: DomainName
-    cidrs: Annotated[tuple[Cidr, ...], Field(min_length=1)]
-
-
 class ReleaseSettings(Model):
     """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
 
@@ -274,11 +268,9 @@ class Settings(Model):
         return slaves
 
     @model_validator(mode="after")
-    def _one_master(self) -> Settings:
+    def _a_master(self) -> Settings:
         if not self.slaves and self.master is None:
             raise ValueError("there is neither a slave nor a master; add slaves, master or both")
-        if self.master is not None and self.existing_master is not None:
-            raise ValueError("master and existingMaster exclude each other; keep one")
         if self.master is None and self.existing_master is None:
             raise ValueError(
                 "nobody may federate the slaves; add master, or existingMaster with the host and "
@@ -289,9 +281,14 @@ class Settings(Model):
         return self
 
     @model_validator(mode="after")
-    def _servers_are_no_monitored_hosts(self) -> Settings:
+    def _servers_are_nothing_else(self) -> Settings:
         servers = [*self.slaves, *([self.master] if self.master else [])]
         names = {self.fqdn(server) for server in servers}
+        if self.existing_master is not None and self.existing_master.host in names:
+            raise ValueError(
+                f"existingMaster is named {self.existing_master.host!r}, as a server of this "
+                "environment is; its certificate must say another name"
+            )
         for host in (host for server in servers for job in server.jobs for host in job.hosts):
             if host.host in names:
                 raise ValueError(

@@ -1,36 +1,114 @@
 """A Prometheus that someone else runs and that federates the slaves of this environment.
 
-It gets a client certificate of this stack's CA. Nothing is installed on it from here.
+It gets a client certificate of this stack's CA and, where settings say how it is reached over SSH,
+a federate job for each site. Nothing else of it is touched, and on destroy it is left as it was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pulumi
-from pulumi import Output, ResourceOptions
+import pulumi_command as command
+from pulumi import CustomTimeouts, Output, ResourceOptions
 
 from components.environment import Environment
+from components.host import DIAL_SECONDS
 from components.pki import LeafArgs, LeafCertificate
-from hostfiles.model import Leaf
-from settings import ExistingMasterSettings
+from components.slave import Slave
+from existing_master_settings import ExistingMasterAccess, ExistingMasterSettings
+from hostfiles import existing_master
+from hostfiles.model import ExistingMaster as Master
+from hostfiles.model import ExistingMasterSecrets, Leaf
+from settings import NAMESPACE
 
 
 class ExistingMaster(pulumi.ComponentResource):
-    """The client certificate by which an existing master comes in at each slave."""
+    """The federate jobs of an existing master, and the certificate that it comes in with."""
 
     leaf: Output[Leaf]
 
     def __init__(
         self,
         settings: ExistingMasterSettings,
+        slaves: Sequence[Slave],
         environment: Environment,
         opts: ResourceOptions | None = None,
     ) -> None:
-        name = "existing-master"
-        super().__init__("prometheus-federation:index:ExistingMaster", name, None, opts)
+        self._name = "existing-master"
+        super().__init__("prometheus-federation:index:ExistingMaster", self._name, None, opts)
         self.leaf = LeafCertificate(
-            name,
+            self._name,
             LeafArgs(common_name=settings.host, generation=1, server=False, client=True),
             environment.authority,
             opts=ResourceOptions(parent=self),
         ).leaf
+        if settings.access is not None:
+            self._create_jobs(settings, settings.access, slaves, environment)
         self.register_outputs({})
+
+    def _create_jobs(
+        self,
+        settings: ExistingMasterSettings,
+        access: ExistingMasterAccess,
+        slaves: Sequence[Slave],
+        environment: Environment,
+    ) -> None:
+        owner = f"{NAMESPACE}/{environment.stack}"
+        public = environment.authority.bundle.apply(
+            lambda ca_bundle: Master(
+                owner=owner,
+                config_file=settings.config_file,
+                run_as=settings.run_as,
+                promtool=settings.promtool,
+                url=settings.url,
+                # None and `system`: the public authorities.
+                api_ca="" if settings.ca in (None, "system") else str(settings.ca),
+                reload=settings.reload,
+                unit=settings.unit,
+                ca_bundle=ca_bundle,
+                sites=tuple(slave.site for slave in slaves),
+            )
+        )
+        api = settings.basic_auth
+        secrets = Output.secret(
+            Output.all(
+                leaf=self.leaf,
+                site_passwords={slave.site.site: slave.federation.password for slave in slaves},
+            ).apply(
+                lambda known: ExistingMasterSecrets(
+                    **known,
+                    api_user=api.username if api else "",
+                    api_password=api.password.get_secret_value() if api else "",
+                )
+            )
+        )
+        command.remote.Command(
+            self._name,
+            connection=command.remote.ConnectionArgs(
+                host=access.host or settings.host,
+                port=access.port,
+                user=access.user,
+                private_key=Output.secret(access.private_key.get_secret_value()),
+                host_key=access.host_key,
+                dial_error_limit=-1,
+                per_dial_timeout=DIAL_SECONDS,
+            ),
+            create=existing_master.INSTALL,
+            update=existing_master.INSTALL,
+            delete=existing_master.remove(owner),
+            stdin=Output.secret(
+                Output.all(public, secrets).apply(lambda pair: existing_master.delivery(*pair))
+            ),
+            logging=command.remote.Logging.NONE,
+            add_previous_output_in_env=False,
+            opts=ResourceOptions(
+                parent=self,
+                # It waits until each site's target is up.
+                depends_on=[slave.host.delivered for slave in slaves],
+                additional_secret_outputs=["stdout", "stderr"],
+                custom_timeouts=CustomTimeouts(
+                    create=access.timeout, update=access.timeout, delete=access.timeout
+                ),
+            ),
+        )

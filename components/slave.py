@@ -26,24 +26,26 @@ FEDERATION_USER = "prometheus-admin"
 
 @dataclass(frozen=True, kw_only=True)
 class FederatingMaster:
-    """Who may federate a slave: the name in its client certificate, and where it comes from.
+    """Who may federate a slave: the names in client certificates, and where they come from.
 
     `cidrs` are known from settings; `public_ip` is the address of a master of this
-    environment.
+    environment. There may be both: on the way from an existing master to one of our own.
     """
 
-    name: str
+    names: tuple[str, ...]
     cidrs: tuple[str, ...] = ()
     public_ip: Input[str] | None = None
 
     @classmethod
     def of(cls, settings: Settings, master_address: HostAddress | None) -> FederatingMaster:
-        """The master that an environment's settings speak of, its own or an existing one."""
-        if master_address is not None:
-            return cls(name=master_address.fqdn, public_ip=master_address.public_ip)
-        if settings.existing_master is None:
-            raise ValueError("an environment without any master has nobody to federate it")
-        return cls(name=settings.existing_master.host, cidrs=settings.existing_master.cidrs)
+        """The masters that an environment's settings speak of: its own, an existing one."""
+        existing = settings.existing_master
+        names = [master_address.fqdn] if master_address else []
+        return cls(
+            names=(*names, existing.host) if existing else tuple(names),
+            cidrs=existing.cidrs if existing else (),
+            public_ip=master_address.public_ip if master_address else None,
+        )
 
 
 class Slave(pulumi.ComponentResource):
@@ -94,7 +96,7 @@ class Slave(pulumi.ComponentResource):
             SlaveServer,
             external_labels={"site": settings.site},
             site=settings.site,
-            master_name=master.name,
+            master_names=master.names,
             federation_port=FEDERATION_PORT,
         )
 

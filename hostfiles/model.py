@@ -133,10 +133,10 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class SlaveServer(Server):
-    """A slave: `master_name` is the subject name that the master's client certificate must have."""
+    """A slave: `master_names` are the subject names that a master's client certificate may have."""
 
     site: str
-    master_name: str
+    master_names: tuple[str, ...]
     federation_port: int
 
 
@@ -217,3 +217,33 @@ class MonitoredHostSecrets:
 
     leaf: Leaf
     users: tuple[Credential, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExistingMaster:
+    """A Prometheus that is not ours and gets federate jobs. `owner` is the stack.
+
+    `run_as` is its user, `url` where its host asks it, and `api_ca` (PEM, else the public ones)
+    what that is verified against. `reload`: a signal to `unit`, or a request to `url`.
+    """
+
+    owner: str
+    config_file: str
+    run_as: str
+    promtool: str
+    url: str
+    api_ca: str
+    reload: Literal["signal", "http"]
+    unit: str
+    ca_bundle: str
+    sites: tuple[FederatedSite, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExistingMasterSecrets:
+    """Its client certificate, each site's password, and the user and password of its API."""
+
+    leaf: Leaf
+    site_passwords: Mapping[str, str] = field(repr=False)
+    api_user: str = ""
+    api_password: str = field(default="", repr=False)

@@ -121,7 +121,7 @@ def _configuration(server: Server) -> str:
             "nginx/slave.conf.j2",
             **common,
             site=server.site,
-            master_name=server.master_name,
+            master_names=server.master_names,
             max_body="1k",
             read_timeout="15s",
         )

@@ -151,7 +151,7 @@ def slave_server(authority: Authority, prometheus_version: str) -> Callable[...,
             "retention_time": "30d",
             "rule_files": {},
             "site": "dublin",
-            "master_name": MASTER,
+            "master_names": (MASTER,),
             "federation_port": 9095,
         }
         return SlaveServer(**{**values, **changed})

@@ -54,6 +54,11 @@ def first_slave(given: dict[str, Any], **change: Any) -> None:
     given["slaves"][0].update(change)
 
 
+def existing(given: dict[str, Any], **change: Any) -> None:
+    master = {"host": "prometheus.example.org", "cidrs": ["203.0.113.9/32"]}
+    given.update(existingMaster=master | change)
+
+
 HOST = {
     "host": "core01.example.internal",
     "hostKey": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
@@ -319,11 +324,53 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "'selfSigned'",
         "'ownCa'",
     ),
-    "a master here and one elsewhere": (
-        lambda g: g.update(existingMaster={"host": "m.example.com", "cidrs": ["203.0.113.9/32"]}),
+    "an existing master of a slave's name": (
+        lambda g: g.update(
+            existingMaster={"host": "prometheus-slave.example.com", "cidrs": ["203.0.113.9/32"]}
+        ),
         "",
-        "master and existingMaster",
-        "keep one",
+        "'prometheus-slave.example.com', as a server",
+        "another name",
+    ),
+    "an existing master without a host key": (
+        lambda g: existing(g, access=ACCESS),
+        "existingMaster.access.hostKey",
+        "",
+        "is missing; set it",
+    ),
+    "an existing master's key that is a path": (
+        lambda g: existing(g, access={"user": "a", "privateKey": "/k", "hostKey": "x"}),
+        "existingMaster.access.privateKey",
+        "(not shown)",
+        "give the key itself",
+    ),
+    "a configuration file that is none": (
+        lambda g: existing(g, configFile="prometheus.yml"),
+        "existingMaster.configFile",
+        "'prometheus.yml'",
+        "write it like /etc/prometheus/prometheus.yml",
+    ),
+    "a url without scheme": (
+        lambda g: existing(g, url="127.0.0.1:9090"),
+        "existingMaster.url",
+        "'127.0.0.1:9090'",
+        "write it like http://127.0.0.1:9090",
+    ),
+    "an existing master's password in clear": (
+        lambda g: existing(
+            g,
+            url="http://prometheus.example.org:9090",
+            basicAuth={"username": "u", "password": "p"},
+        ),
+        "existingMaster",
+        "readable by anyone on the way",
+        "use an https url",
+    ),
+    "another way to reload": (
+        lambda g: existing(g, reload="restart"),
+        "existingMaster.reload",
+        "'restart'",
+        "'signal' or 'http'",
     ),
     "no master": (
         lambda g: g.update(master={}),

@@ -1,0 +1,104 @@
+"""What an existing master gets: a federate job for each site, and what the jobs come in with.
+
+The Prometheus is not ours. cloud-init/existing-master puts this in place, and takes it away again.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from typing import Any
+
+import yaml
+
+from hostfiles import prometheus
+from hostfiles.duration import milliseconds
+from hostfiles.model import ExistingMaster, ExistingMasterSecrets
+from hostfiles.templates import FOLDER
+
+# existing-master refuses another number.
+FORMAT = 1
+NAME = "existing-master"
+PROGRAM = f"/opt/federation-master/bin/{NAME}"
+
+# The delivery comes on stdin, its own program with it: nothing needs to be there before.
+_LOADER = (
+    "import json, sys; d = json.load(sys.stdin); "
+    f'exec(compile(d["program"], "{NAME}", "exec"), '
+    '{"__name__": "__main__", "delivery": d})'
+)
+_AS_ROOT = '[ "$(id -u)" = 0 ] || sudo="sudo -n"; '
+INSTALL = f"{_AS_ROOT}exec $sudo python3 -c '{_LOADER}' install"
+
+
+def remove(owner: str) -> str:
+    """The command that leaves the host as it was. Its folder is root's alone, so root looks."""
+    return (
+        f"{_AS_ROOT}$sudo test -x {PROGRAM} || exit 0; exec $sudo python3 {PROGRAM} remove {owner}"
+    )
+
+
+def delivery(master: ExistingMaster, secrets: ExistingMasterSecrets) -> str:
+    """All that existing-master needs, as the JSON that it reads on stdin.
+
+    Files of secrets are named by what is in them: Prometheus reads a password's file when it makes
+    a job's client, and certificate and key must change together.
+    """
+    sites = {site.site: site for site in master.sites}
+    if set(sites) != set(secrets.site_passwords):
+        raise ValueError(
+            f"sites {sorted(sites)} have passwords for {sorted(secrets.site_passwords)}"
+        )
+    ca = f"ca-{_digest(master.ca_bundle)}.pem"
+    client = f"client-{_digest(secrets.leaf.certificate + secrets.leaf.key)}"
+    files = {
+        ca: master.ca_bundle,
+        f"{client}.crt": secrets.leaf.certificate,
+        f"{client}.key": secrets.leaf.key,
+    }
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, site in sorted(sites.items()):
+        password = secrets.site_passwords[name]
+        # In a folder of their own, flat.
+        path = prometheus.password_file(name, password).removeprefix("secrets/")
+        files[path] = password
+        job = prometheus.federate_job(site, path)
+        job["basic_auth"]["password_file"] = f"files/{path}"
+        job["tls_config"] |= {
+            "ca_file": f"files/{ca}",
+            "cert_file": f"files/{client}.crt",
+            "key_file": f"files/{client}.key",
+        }
+        jobs[name] = {
+            "content": yaml.safe_dump({"scrape_configs": [job]}, sort_keys=False, width=1000),
+            # How long its first scrape may take to begin and to end.
+            "seconds": sum(
+                milliseconds(job[key]) / 1000 for key in ("scrape_interval", "scrape_timeout")
+            ),
+        }
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "owner": master.owner,
+            "program": (FOLDER / NAME).read_text(),
+            "server": {
+                "config_file": master.config_file,
+                "run_as": master.run_as,
+                "promtool": master.promtool,
+                "url": master.url,
+                "ca": master.api_ca,
+                "username": secrets.api_user,
+                "password": secrets.api_password,
+                "reload": master.reload,
+                "unit": master.unit,
+            },
+            "sites": jobs,
+            "files": files,
+        },
+        sort_keys=True,
+        indent=1,
+    )
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:12]
