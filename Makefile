@@ -1,6 +1,6 @@
 # Each target is one line of what it really runs; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help up down status verify ssh purge test test-unit soak lint preview
+.PHONY: help up down status verify ssh purge test test-unit soak lint preview snapshot
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -26,6 +26,9 @@ status: .venv/.complete ## What runs, and where to find it
 
 verify: .venv/.complete ## Prove again that federation works
 	@$(RUN) sandbox verify
+
+snapshot: .venv/.complete ## Back the data volumes up now, as AWS would: make snapshot [NAME=prometheus-slave]
+	@$(RUN) sandbox snapshot $(NAME)
 
 ssh: .venv/.complete ## A shell on a machine: make ssh NAME=prometheus-master
 	@$(RUN) sandbox ssh $(NAME)

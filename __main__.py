@@ -6,6 +6,7 @@ import pulumi
 from pulumi import Output
 
 import settings
+from components.backup import Backups
 from components.credentials import password
 from components.environment import make_environment
 from components.existing_master import ExistingMaster
@@ -15,6 +16,7 @@ from components.slave import FederatingMaster, Slave
 
 chosen = settings.load()
 environment = make_environment(chosen)
+backups = Backups(environment)
 pulumi.export("caCertificate", Output.secret(environment.authority.bundle))
 pulumi.export("sshPrivateKey", Output.secret(environment.ssh_key.private_key_openssh))
 

@@ -125,6 +125,7 @@ HostKey = Annotated[str, AfterValidator(_host_key)]
 PrivateKey = Annotated[SecretStr, AfterValidator(_private_key)]
 LabelName = Annotated[str, AfterValidator(_label_name)]
 SubnetId = Annotated[str, Field(pattern=r"^subnet-[a-z0-9-]+$")]
+SnapshotId = Annotated[str, Field(pattern=r"^snap-[0-9a-f]{8,17}$")]
 Password = Annotated[SecretStr, AfterValidator(_password)]
 
 

@@ -29,9 +29,18 @@ from pydantic import (
 )
 
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Release
+from hostfiles.model import Backup, Release
 from job_settings import HostAccess, JobSettings, check_jobs
-from setting_types import Cidr, DomainName, Duration, HostLabel, Model, Password, SubnetId
+from setting_types import (
+    Cidr,
+    DomainName,
+    Duration,
+    HostLabel,
+    Model,
+    Password,
+    SnapshotId,
+    SubnetId,
+)
 
 NAMESPACE = "prometheus-federation"
 
@@ -99,6 +108,10 @@ def _none_if_empty(value: Any) -> Any:
     return None if value in ({}, "") else value
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
 
 
@@ -129,10 +142,34 @@ class EnvironmentRotation(Model):
         return self
 
 
+class BackupSettings(Model):
+    """How often the data is backed up, and how much of it is kept where.
+
+    `keep` counts EBS snapshots of each data volume, `keep_on_host` and `max_age_days` bound the
+    TSDB snapshots on the volume itself. The hours are those that EBS's lifecycle policies take.
+    https://docs.aws.amazon.com/dlm/latest/APIReference/API_CreateRule.html
+    """
+
+    interval_hours: Literal[1, 2, 3, 4, 6, 8, 12, 24] = 24
+    keep: Annotated[int, Field(ge=0, le=1000)] = 7
+    keep_on_host: Annotated[int, Field(ge=1, le=100)] = 3
+    max_age_days: Annotated[int, Field(ge=1, le=3650)] = 7
+
+    def on_host(self) -> Backup:
+        """What the host itself does."""
+        return Backup(
+            interval_hours=self.interval_hours,
+            keep=self.keep_on_host,
+            max_age_days=self.max_age_days,
+        )
+
+
 class HostSettings(Model):
     """What a slave and a master may both say of their host.
 
     `generation`, bumped, makes a new instance beside the old one from today's user-data.
+    `restore_from`, the last of it, is the EBS snapshot that the data volume is made from; each
+    one more makes a new volume and a new instance.
     """
 
     host: HostLabel
@@ -141,6 +178,8 @@ class HostSettings(Model):
     instance_type: InstanceType | None = None
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)] | None = None
     generation: Annotated[int, Field(ge=1)] = 1
+    restore_from: Annotated[tuple[SnapshotId, ...], BeforeValidator(_one_or_many)] = ()
+    keep_replaced_volumes: bool = True
     jobs: tuple[JobSettings, ...] = ()
     # Where the targets of `jobs` are, for the egress rules; empty: anywhere in the host's own VPC.
     target_cidrs: tuple[Cidr, ...] = ()
@@ -169,6 +208,21 @@ class HostSettings(Model):
         return self
 
     @property
+    def instance_generation(self) -> str:
+        """What tells an instance from those before it: another volume needs another instance."""
+        restored = "".join(f"-{id_[-8:]}" for id_ in self.restore_from[-1:])
+        return f"{self.generation}{restored}"
+
+    @property
+    def volumes(self) -> tuple[str | None, ...]:
+        """The snapshots that the host's data volumes are made from (None: made empty).
+
+        The last volume is the one in use; the others were it once.
+        """
+        every = (None, *self.restore_from)
+        return every if self.keep_replaced_volumes else every[-1:]
+
+    @property
     def jump_ports(self) -> tuple[int, ...]:
         """The SSH ports of hosts that are reached through this server."""
         if self.host_access is None:
@@ -178,6 +232,14 @@ class HostSettings(Model):
         ports = {self.host_access.of(host).port for host in through}
         # Also without any host: the last one that leaves is reached once more.
         return tuple(sorted(ports | ({self.host_access.port} if self.host_access.jump else set())))
+
+    @field_validator("restore_from")
+    @classmethod
+    def _each_snapshot_once(cls, snapshots: tuple[str, ...]) -> tuple[str, ...]:
+        for snapshot, count in Counter(snapshots).items():
+            if count > 1:
+                raise ValueError(f"names {snapshot} {count} times; take out the earlier ones")
+        return snapshots
 
     @field_validator("jobs")
     @classmethod
@@ -235,6 +297,7 @@ class Settings(Model):
     instance_type: InstanceType
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
     protect_data: bool
+    backup: BackupSettings
     retention_time: Duration
     scrape_interval: Duration
     evaluation_interval: Duration

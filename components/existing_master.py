@@ -12,6 +12,7 @@ import pulumi
 import pulumi_command as command
 from pulumi import CustomTimeouts, Output, ResourceOptions
 
+from components.credentials import password
 from components.environment import Environment
 from components.host import DIAL_SECONDS
 from components.pki import LeafArgs, LeafCertificate
@@ -74,7 +75,9 @@ class ExistingMaster(pulumi.ComponentResource):
         secrets = Output.secret(
             Output.all(
                 leaf=self.leaf,
-                site_passwords={slave.site.site: slave.federation.password for slave in slaves},
+                site_passwords={
+                    slave.site.site: password(slave.federation.current) for slave in slaves
+                },
             ).apply(
                 lambda known: ExistingMasterSecrets(
                     **known,

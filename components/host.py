@@ -18,6 +18,7 @@ import pulumi_command as command
 import pulumi_tls as tls
 from pulumi import CustomTimeouts, Input, Output, ResourceOptions
 
+from components.backup import backup_tag
 from components.credentials import RandomCredential, RotatingCredential, Rotation
 from components.environment import Environment
 from components.firewall import Firewall, TableOf
@@ -132,7 +133,7 @@ class Host(pulumi.ComponentResource):
             host.region,
             opts=self._child_opts,
         )
-        self._volume = self._create_volume()
+        self._volume = self._create_volumes()[-1]
         self._leaves = self._create_leaves()
         self.exporters = self._create_exporters()
         self._local = RandomCredential(f"{name}-local", LOCAL_USER, opts=self._child_opts)
@@ -207,6 +208,7 @@ class Host(pulumi.ComponentResource):
                 evaluation_interval=settings.evaluation_interval,
                 retention_time=settings.retention_time,
                 rule_files=settings.rule_file_contents(),
+                backup=settings.backup.on_host(),
                 jump_ports=self._host.jump_ports,
                 **known,
                 **special,
@@ -257,15 +259,25 @@ class Host(pulumi.ComponentResource):
     def _user(self) -> str:
         return IMAGES[self._environment.settings.os].user
 
-    def _create_volume(self) -> aws.ebs.Volume:
+    def _create_volumes(self) -> list[aws.ebs.Volume]:
+        """The data volume, and before it those that a restore took out of use.
+
+        One that is restored is a resource of its own: what it takes the place of is neither
+        replaced nor deleted, and may stay protected.
+        """
+        return [self._create_volume(snapshot) for snapshot in self._host.volumes]
+
+    def _create_volume(self, snapshot: str | None) -> aws.ebs.Volume:
+        name = f"{self._name}-data"
         return aws.ebs.Volume(
-            f"{self._name}-data",
+            name if snapshot is None else f"{name}-{snapshot}",
             availability_zone=self._network.availability_zone,
             size=self._environment.settings.volume_gib_of(self._host),
+            snapshot_id=snapshot,
             type="gp3",
             encrypted=True,
             region=self._host.region,
-            tags=self._environment.tags(f"{self._name}-data"),
+            tags={**self._environment.tags(name), **backup_tag(self._environment)},
             opts=ResourceOptions(parent=self, protect=self._environment.settings.protect_data),
         )
 
@@ -322,7 +334,7 @@ class Host(pulumi.ComponentResource):
     def _create_host_key(self, purpose: str) -> tls.PrivateKey:
         # One for each generation: a new instance starts with a first contact of its own.
         return tls.PrivateKey(
-            f"{self._name}-{purpose}-{self._host.generation}",
+            f"{self._name}-{purpose}-{self._host.instance_generation}",
             algorithm="ED25519",
             opts=self._child_opts,
         )
@@ -332,7 +344,7 @@ class Host(pulumi.ComponentResource):
         instance_type = settings.instance_type_of(self._host)
         profile = self._create_profile()
         return aws.ec2.Instance(
-            f"{self._name}-{self._host.generation}",
+            f"{self._name}-{self._host.instance_generation}",
             ami=self._environment.lookups.image(self._host),
             instance_type=instance_type,
             subnet_id=self._network.subnet_id,

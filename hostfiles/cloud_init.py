@@ -13,26 +13,32 @@ from typing import Any
 
 import yaml
 
-from hostfiles import firewall, nginx, programs, prometheus
+from hostfiles import backup, firewall, nginx, node_exporter, programs, prometheus
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
 
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/user-data.html
 LIMIT = 16_384
-_LEFT_OUT = (f"{prometheus.FOLDER}/", f"{nginx.FOLDER}/")
+# In this order.
+_LEFT_OUT = (
+    backup.PATHS,
+    (f"{prometheus.FOLDER}/",),
+    (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
+)
 
 
 def user_data(host: HostFiles, *, first_contact_key: str, first_contact_public: str) -> bytes:
     """A gzipped #cloud-config of at most 16,384 bytes.
 
-    What does not fit is left out, what grows with the settings first: the first bundle brings it
-    anyway, and no service starts before.
+    What does not fit is left out, backups and what grows with the settings first: the first bundle
+    brings it anyway, and no service starts before.
     """
     secret = [file.path for file in host.files if file.secret]
     if secret:
         raise ValueError(f"secret files must not enter user-data: {', '.join(secret)}")
     data = b""
-    for left_out in ((), _LEFT_OUT[:1], _LEFT_OUT):
+    for count in range(len(_LEFT_OUT) + 1):
+        left_out = tuple(path for paths in _LEFT_OUT[:count] for path in paths)
         files = [file for file in host.files if not file.path.startswith(left_out)]
         data = _compress(_config(host, files, first_contact_key, first_contact_public))
         if len(data) <= LIMIT:

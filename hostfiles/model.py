@@ -102,6 +102,15 @@ class FederatedSite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Backup:
+    """TSDB snapshots on the data volume: how often, and which of them are kept."""
+
+    interval_hours: int
+    keep: int
+    max_age_days: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
@@ -128,6 +137,7 @@ class Server:
     evaluation_interval: str
     retention_time: str
     rule_files: Mapping[str, str]
+    backup: Backup
     jump_ports: tuple[int, ...] = ()
 
 

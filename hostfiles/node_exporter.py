@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hostfiles import certificates, prometheus
+from hostfiles import backup, certificates, prometheus
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Credential, Leaf, Release, Server, ServerSecrets
 from hostfiles.releases import directory
@@ -25,7 +25,9 @@ CERTIFICATE = f"{FOLDER}/tls/node_exporter.crt"
 STATE_DIRECTORY = "/var/lib/node_exporter"
 
 
-def service(release: Release, address: str, ca_bundle: str) -> tuple[File, ...]:
+def service(
+    release: Release, address: str, ca_bundle: str, more_textfiles: Iterable[str] = ()
+) -> tuple[File, ...]:
     """What is not secret: the unit, which listens on that address (empty: on all), and the CA."""
     return (
         File(path=CA, content=ca_bundle),
@@ -35,7 +37,11 @@ def service(release: Release, address: str, ca_bundle: str) -> tuple[File, ...]:
                 "systemd/node_exporter.service.j2",
                 release_dir=directory(release),
                 listen=f"{address}:{PORT}",
-                textfiles=[certificates.FOLDER, f"{STATE_DIRECTORY}/textfile"],
+                textfiles=[
+                    certificates.FOLDER,
+                    f"{STATE_DIRECTORY}/textfile",
+                    *more_textfiles,
+                ],
             ),
         ),
     )
@@ -60,7 +66,7 @@ def access(leaf: Leaf, users: Iterable[Credential], scraper: str) -> tuple[File,
 
 def files(server: Server) -> tuple[File, ...]:
     """Of a server, what is not secret."""
-    return service(server.node_exporter, "127.0.0.1", server.ca_bundle)
+    return service(server.node_exporter, "127.0.0.1", server.ca_bundle, [backup.METRICS])
 
 
 def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import node_exporter, prometheus
+from hostfiles import backup, node_exporter, prometheus
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -12,7 +12,10 @@ NAMES = ("apply-bundle", "install-release", "mount-data", "replace-host-key")
 SYSUSERS = "/etc/sysusers.d/federation.conf"
 DATA_VOLUME = "/etc/systemd/system/data-volume.service"
 # Started at boot by systemd's own dependency; nginx, ufw and ssh by their packages.
-_WANTED = ("data-volume.service", "prometheus.service", "node_exporter.service")
+_WANTED = (
+    *("data-volume.service", "prometheus.service", "node_exporter.service"),
+    backup.UNIT.name,
+)
 
 
 def files(server: Server) -> tuple[File, ...]:
@@ -49,6 +52,8 @@ CHECKS = (
             # Not data-volume.service: its program may be in this very bundle, not yet in place.
             f"{{tree}}{prometheus.SERVICE}",
             f"{{tree}}{node_exporter.SERVICE}",
+            f"{{tree}}{backup.SERVICE}",
+            f"{{tree}}{backup.TIMER}",
         ),
     ),
 )

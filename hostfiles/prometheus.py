@@ -52,6 +52,11 @@ GO_MEMORY_SHARE = 0.8
 # Beyond its retention size Prometheus still writes its write-ahead log and compacts.
 RETENTION_SHARE = 0.8
 
+# https://prometheus.io/docs/prometheus/latest/querying/api/#snapshot
+SNAPSHOT = "/api/v1/admin/tsdb/snapshot"
+# The newest samples are written out as a block of their own first.
+SNAPSHOT_SECONDS = 600
+
 SERVICE = "/etc/systemd/system/prometheus.service"
 
 
@@ -78,6 +83,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         _secret("tls/prometheus.key", secrets.prometheus_leaf.key),
         _secret("secrets/ready.curl", _curl(server, secrets, PORT, "/-/ready")),
         _secret("secrets/reload.curl", _curl(server, secrets, PORT, "/-/reload", method="POST")),
+        _secret("secrets/snapshot.curl", _curl(server, secrets, PORT, SNAPSHOT, method="POST")),
         _secret("secrets/node_exporter.curl", _curl(server, secrets, 9100, "/")),
         # Jobs share passwords.
         *{file.path: file for file in _jobs(server, secrets)}.values(),
@@ -309,6 +315,8 @@ def _flags(server: Server) -> list[str]:
         f"--web.listen-address=127.0.0.1:{PORT}",
         f"--web.external-url=https://{server.fqdn}{f':{port}' if port else ''}/",
         "--web.enable-lifecycle",
+        # Snapshots for backups. nginx lets nobody come to it.
+        "--web.enable-admin-api",
         "--storage.tsdb.path=/data",
         f"--storage.tsdb.retention.time={server.retention_time}",
         f"--storage.tsdb.retention.size={int(server.volume_gib * RETENTION_SHARE * 1024)}MB",
@@ -359,7 +367,7 @@ def _curl(server: Server, secrets: ServerSecrets, port: int, path: str, method: 
         "cacert": f"{FOLDER}/tls/ca.pem",
         "cert": f"{FOLDER}/tls/prometheus.crt",
         "key": f"{FOLDER}/tls/prometheus.key",
-        "max-time": "60" if method == "POST" else "5",
+        "max-time": str(SNAPSHOT_SECONDS if path == SNAPSHOT else 60 if method == "POST" else 5),
     }
     return "".join(
         [

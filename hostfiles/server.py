@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from hostfiles import certificates, firewall, nginx, node_exporter, programs, prometheus, sshd
+from hostfiles import (
+    backup,
+    certificates,
+    firewall,
+    nginx,
+    node_exporter,
+    programs,
+    prometheus,
+    sshd,
+)
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import Server, ServerSecrets
 from hostfiles.releases import directory
@@ -18,6 +27,7 @@ def host_files(server: Server) -> HostFiles:
         files=(
             *programs.files(server),
             *prometheus.files(server),
+            *backup.files(server),
             *node_exporter.files(server),
             *nginx.files(server),
             *firewall.files(server.rules),
@@ -40,6 +50,7 @@ def host_files(server: Server) -> HostFiles:
             prometheus.UNIT,
             node_exporter.UNIT,
             nginx.unit(server),
+            backup.UNIT,
         ),
         releases=(server.prometheus, server.node_exporter),
         packages=PACKAGES,

@@ -14,12 +14,13 @@ import ipaddress
 import json
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sandbox import machine, providers
+from sandbox import machine, providers, snapshots
 from sandbox.host import Progress, SandboxError
 from sandbox.image import Image
 from sandbox.network import (
@@ -64,12 +65,14 @@ class Instance:
 class Cloud:
     """All that exists, by id.
 
-    `volumes`: size in GiB. `attachments`: volume and instance. `associations`: allocation and
-    instance. `records`: address.
+    `volumes`: size in GiB; `volume_tags`: their tags. `policies`: details of lifecycle policies.
+    `attachments`: volume and instance. `associations`: allocation and instance. `records`: address.
     """
 
     instances: dict[str, Instance] = field(default_factory=dict)
     volumes: dict[str, int] = field(default_factory=dict)
+    volume_tags: dict[str, dict[str, str]] = field(default_factory=dict)
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     attachments: dict[str, tuple[str, str]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     associations: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -122,7 +125,9 @@ class AwsProvider(Provider):
             providers.INSTANCE: self._run_instance,
             providers.ROLE: self._note_identity,
             providers.ROLE_POLICY: self._note_identity,
+            providers.ROLE_POLICY_ATTACHMENT: self._note_identity,
             providers.INSTANCE_PROFILE: self._note_identity,
+            providers.LIFECYCLE_POLICY: self._note_policy,
         }
 
     def create(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
@@ -145,11 +150,17 @@ class AwsProvider(Provider):
                 self._cloud.records[id_] = inputs["records"][0]
         elif resource.type == providers.INSTANCE:
             self._change_instance(id_, inputs)
-        elif resource.type == providers.VOLUME and inputs["size"] != old["size"]:
-            raise SandboxError(
-                f"{resource.name}: the sandbox cannot grow a data volume while it is in use.",
-                "Put dataVolumeGib back, or `make down` and `make up`.",
-            )
+        elif resource.type == providers.VOLUME:
+            if inputs["size"] != old["size"]:
+                raise SandboxError(
+                    f"{resource.name}: the sandbox cannot grow a data volume while it is in use.",
+                    "Put dataVolumeGib back, or `make down` and `make up`.",
+                )
+            with self._changing(seen=False):
+                self._cloud.volume_tags[id_] = dict(inputs.get("tags", {}))
+        elif resource.type == providers.LIFECYCLE_POLICY:
+            with self._changing(seen=False):
+                self._cloud.policies[id_] = dict(inputs["policyDetails"])
         return fresh
 
     def delete(self, type_: str, id_: str, inputs: Inputs, timeout: str) -> None:
@@ -243,6 +254,8 @@ class AwsProvider(Provider):
         )
         if resource.type == providers.ROLE_POLICY:
             return f"{inputs['role']}:{name}", {"name": name}
+        if resource.type == providers.ROLE_POLICY_ATTACHMENT:
+            return f"{inputs['role']}/{inputs['policyArn']}", {}
         kind = "role" if resource.type == providers.ROLE else "instance-profile"
         return name, {"name": name, "arn": f"arn:aws:iam::000000000000:{kind}/{name}"}
 
@@ -265,8 +278,14 @@ class AwsProvider(Provider):
 
     def _create_volume(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
         id_ = _new_id("vol")
+        snapshot = inputs.get("snapshotId")
+        if snapshot:
+            snapshots.check(self._plan, snapshot, inputs["size"])
         with self._changing(seen=False):
             self._cloud.volumes[id_] = inputs["size"]
+            self._cloud.volume_tags[id_] = dict(inputs.get("tags", {}))
+        if snapshot:
+            snapshots.restore(self._plan, snapshot, self._volume_file(id_))
         machine.create_volume(self._volume_file(id_), size_gib=inputs["size"])
         return id_, {}
 
@@ -304,6 +323,46 @@ class AwsProvider(Provider):
 
     def _volume_file(self, id_: str) -> Path:
         return self._plan.state_dir / "volumes" / f"{id_}.img"
+
+    # Snapshots: nothing here makes them by itself, as nobody is up at 01:00.
+
+    def _note_policy(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
+        id_ = _new_id("policy")
+        with self._changing(seen=False):
+            self._cloud.policies[id_] = dict(inputs["policyDetails"])
+        return id_, {"arn": f"arn:aws:dlm:::policy/{id_}"}
+
+    def run_policies(self, address: str | None = None) -> list[snapshots.Snapshot]:
+        """Does now what the lifecycle policies would do at their time.
+
+        `address`: only of the volume of the instance with this public address.
+        """
+        taken = []
+        for policy in self._cloud.policies.values():
+            keep = policy["schedules"][0]["retainRule"]["count"]
+            for volume, tags in self._cloud.volume_tags.items():
+                holder = self._cloud.instances.get(self._holder_of(volume))
+                if not policy["targetTags"].items() & tags.items():
+                    continue
+                if address and (not holder or address != self._public_ip(self._holder_of(volume))):
+                    continue
+                with self._progress(f"snapshot of {volume} ({tags.get('Name', '')})"):
+                    taken.append(
+                        snapshots.take(
+                            self._plan,
+                            self._volume_file(volume),
+                            snapshots.Snapshot(
+                                id=_new_id("snap"),
+                                volume=volume,
+                                name=tags.get("Name", ""),
+                                size_gib=self._cloud.volumes[volume],
+                                time=time.time(),
+                            ),
+                            holder.machine if holder else None,
+                        )
+                    )
+                    snapshots.prune(self._plan, volume, keep)
+        return taken
 
     # Instances
 

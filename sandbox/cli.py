@@ -1,4 +1,4 @@
-"""The sandbox's command line: up, status, verify, ssh, down."""
+"""The sandbox's command line: up, status, verify, snapshot, ssh, down."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import pulumi
 from rich.console import Console
 from rich.table import Table
 
-from sandbox import host, image, machine, releases, world
+from sandbox import host, image, machine, releases, snapshots, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
 from sandbox.engine import Changes, Engine
 from sandbox.host import SandboxError
+from sandbox.image import Image
 from sandbox.network import Fabric
 from sandbox.plan import SLOTS, Plan, hold
 from sandbox.program import Project, Secret, evaluate, plain, read_project
@@ -82,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("verify", help="prove again that federation works").set_defaults(
         run=_verify
     )
+    snapshot = commands.add_parser(
+        "snapshot", help="snapshots of the data volumes, as the lifecycle policy takes them"
+    )
+    snapshot.add_argument("name", nargs="?", help="of this host alone, as in `status`")
+    snapshot.set_defaults(run=_snapshot)
     ssh = commands.add_parser("ssh", help="a shell on a machine")
     ssh.add_argument("name", help="as in `status`: prometheus-master, core01, …")
     ssh.add_argument("command", nargs=argparse.REMAINDER, help="run this instead of a shell")
@@ -300,6 +307,34 @@ def _verify(chosen: argparse.Namespace, console: Console) -> int:
         proof = prove(state.outputs, plain(state.settings), NAMESPACE, steps)
     for line in proof.found:
         console.print(f"  {line}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _snapshot(chosen: argparse.Namespace, console: Console) -> int:
+    plan = _plan(chosen)
+    outputs = plain(_state(plan).outputs)
+    rows = [*outputs["slaves"].values(), *([outputs["master"]] if "master" in outputs else [])]
+    ours = {row["host"].partition(".")[0]: row["publicIp"] for row in rows}
+    if chosen.name and chosen.name not in ours:
+        raise SandboxError(
+            f"There is no host {chosen.name!r}.", f"Name one of: {', '.join(sorted(ours))}."
+        )
+    with Steps(console) as steps, hold(plan):
+        given = world.load_world()
+        aws = AwsProvider(plan, given, Fabric(plan), Image(name="", layers=()), steps)
+        taken = aws.run_policies(ours.get(chosen.name))
+    if not taken:
+        raise SandboxError("No lifecycle policy names a volume.", "Set backup: {keep: 7}, `up`.")
+    table = Table("snapshot", "of", "taken", "GiB", "on disk", box=None)
+    for row in snapshots.every(plan):
+        table.add_row(
+            row.id,
+            row.name,
+            datetime.fromtimestamp(row.time, UTC).isoformat(" ", "seconds"),
+            str(row.size_gib),
+            f"{snapshots.on_disk(plan, row) >> 20} MiB",
+        )
+    console.print(table)
     return 0
 
 

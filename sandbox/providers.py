@@ -25,7 +25,9 @@ INGRESS_RULE = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule"
 EGRESS_RULE = "aws:vpc/securityGroupEgressRule:SecurityGroupEgressRule"
 ROLE = "aws:iam/role:Role"
 ROLE_POLICY = "aws:iam/rolePolicy:RolePolicy"
+ROLE_POLICY_ATTACHMENT = "aws:iam/rolePolicyAttachment:RolePolicyAttachment"
 INSTANCE_PROFILE = "aws:iam/instanceProfile:InstanceProfile"
+LIFECYCLE_POLICY = "aws:dlm/lifecyclePolicy:LifecyclePolicy"
 PRIVATE_KEY = "tls:index/privateKey:PrivateKey"
 SELF_SIGNED_CERT = "tls:index/selfSignedCert:SelfSignedCert"
 CERT_REQUEST = "tls:index/certRequest:CertRequest"
@@ -49,6 +51,8 @@ REPLACE_ON: Mapping[str, frozenset[str]] = {
     EGRESS_RULE: frozenset({"securityGroupId"}),
     ROLE: frozenset("name namePrefix path".split()),
     ROLE_POLICY: frozenset("name namePrefix role".split()),
+    LIFECYCLE_POLICY: frozenset(),
+    ROLE_POLICY_ATTACHMENT: frozenset("policyArn role".split()),
     INSTANCE_PROFILE: frozenset("name namePrefix path".split()),
     PRIVATE_KEY: _ALL,
     SELF_SIGNED_CERT: _ALL,

@@ -20,6 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hostfiles import firewall, master, slave
 from hostfiles.files import HostFiles
 from hostfiles.model import (
+    Backup,
     Credential,
     FederatedSite,
     Job,
@@ -150,6 +151,7 @@ def slave_server(authority: Authority, prometheus_version: str) -> Callable[...,
             "evaluation_interval": "15s",
             "retention_time": "30d",
             "rule_files": {},
+            "backup": Backup(interval_hours=24, keep=3, max_age_days=7),
             "site": "dublin",
             "master_names": (MASTER,),
             "federation_port": 9095,
@@ -202,6 +204,7 @@ def master_server(
             "evaluation_interval": "15s",
             "retention_time": "30d",
             "rule_files": {},
+            "backup": Backup(interval_hours=24, keep=3, max_age_days=7),
             "sites": sites,
             "ui_port": 443,
         }

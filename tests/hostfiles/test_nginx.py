@@ -66,6 +66,8 @@ SHUT = [
     ("POST", "/-/quit"),
     ("POST", "/api/v1/admin/tsdb/clean_tombstones"),
     ("POST", "/api/v1/admin/tsdb/delete_series"),
+    ("POST", "/api/v1/admin/tsdb/snapshot"),
+    ("PUT", "/api/v1/admin/tsdb/snapshot"),
     ("POST", "/api/v1/otlp/v1/metrics"),
     ("POST", "/api/v1/read"),
     ("POST", "/api/v1/write"),

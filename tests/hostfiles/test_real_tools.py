@@ -152,6 +152,20 @@ def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFil
             "Typo=exec",
             "Typo",
         ),
+        (
+            "systemd units",
+            "/etc/systemd/system/prometheus-backup.service",
+            "Type=oneshot",
+            "Typo=oneshot",
+            "Typo",
+        ),
+        (
+            "systemd units",
+            "/etc/systemd/system/prometheus-backup.timer",
+            "OnCalendar=*-*-* 00:",
+            "OnCalendar=*-*-* 24:",
+            "calendar specification",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_in_the_tools_own_words(

@@ -461,7 +461,9 @@ def test_with_every_key_nothing_is_open_but_federate(
         ("PUT", "/-/reload"),
         ("POST", "/-/quit"),
         ("POST", "/api/v1/admin/tsdb/snapshot"),
-        ("POST", "/api/v1/admin/tsdb/delete_series?match[]=up"),
+        ("PUT", "/api/v1/admin/tsdb/snapshot"),
+        ("POST", "/api/v1/admin/tsdb/delete_series?match[]=nothing"),
+        ("POST", "/api/v1/admin/tsdb/clean_tombstones"),
         ("POST", "/api/v1/write"),
         ("POST", FEDERATE),
         ("PUT", FEDERATE),
@@ -547,6 +549,7 @@ EVERY_PATH = [
     ("GET", "/api/v1/query?query=up"),
     ("GET", "/api/v1/status/config"),
     ("POST", "/api/v1/admin/tsdb/snapshot"),
+    ("POST", "/api/v1/admin/tsdb/delete_series?match[]=nothing"),
     ("POST", "/api/v1/write"),
     ("GET", "/-/healthy"),
     ("GET", "/-/ready"),
@@ -555,6 +558,7 @@ EVERY_PATH = [
     ("GET", "/debug/pprof/heap"),
     ("GET", "/nowhere"),
 ]
+ADMIN = "/api/v1/admin/tsdb/clean_tombstones"
 NO_TLS = "Client sent an HTTP request to an HTTPS server"
 
 
@@ -578,9 +582,12 @@ def test_on_loopback_prometheus_answers_nobody_without_password(
     assert {answer.body for answer in answers} == {"Unauthorized\n"}
     plain = Request(door=replace(door, name=""), client=local, path="/metrics")
     with_password = Request(door=door, client=local, path="/metrics")
-    without_tls, known = ask(sandbox.namespace(server), [plain, with_password])
+    # The admin API is on: it is the locks that keep it from everybody else.
+    admin = Request(door=door, client=local, method="PUT", path=ADMIN)
+    without_tls, known, tidied = ask(sandbox.namespace(server), [plain, with_password, admin])
     assert (without_tls.short, NO_TLS in without_tls.body) == (400, True)
     assert (known.short, "prometheus_build_info" in known.body) == (200, True)
+    assert tidied.short == 204
     assert sandbox.start_times() == started
 
 
@@ -684,6 +691,8 @@ def test_the_masters_page_lets_people_read_and_nobody_write(
         ("PUT", "/-/quit"),
         ("POST", "/-/quit"),
         ("POST", "/api/v1/admin/tsdb/snapshot"),
+        ("PUT", "/api/v1/admin/tsdb/snapshot?skip_head=true"),
+        ("POST", "/api/v1/admin/tsdb/delete_series?match[]=nothing"),
         ("PUT", "/api/v1/admin/tsdb/clean_tombstones"),
         ("POST", "/api/v1/write"),
         ("POST", "/api/v1/read"),

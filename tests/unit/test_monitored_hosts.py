@@ -184,8 +184,9 @@ def test_certificates_renewed_on_purpose_are_made_beside_the_old_ones(
 def test_only_discovery_brings_an_instance_profile_and_it_may_only_describe(
     dev: Evaluated, changed: Callable[..., Evaluated]
 ) -> None:
-    for kind in ("role:Role", "rolePolicy:RolePolicy", "instanceProfile:InstanceProfile"):
+    for kind in ("rolePolicy:RolePolicy", "instanceProfile:InstanceProfile"):
         assert not dev.recorder.of_type(f"aws:iam/{kind}")
+    assert [role.name for role in dev.recorder.of_type("aws:iam/role:Role")] == ["backups"]
     tagged = {"region": "eu-west-1", "filters": [{"name": "tag:monitor", "values": ["yes"]}]}
     job = {"name": "fleet", "ec2_sd_configs": [tagged | {"port": 9200}]}
     slaves = copy.deepcopy(dev.project.config[f"{NAMESPACE}:slaves"])

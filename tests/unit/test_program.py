@@ -19,6 +19,7 @@ from tests.unit.conftest import NAMESPACE, Evaluated, run_program
 
 # A rename of one of these would replace a user's instances and data: it needs an alias.
 COMPONENT_TYPES = {
+    "prometheus-federation:index:Backups",
     "prometheus-federation:index:CertificateAuthority",
     "prometheus-federation:index:ExistingMaster",
     "prometheus-federation:index:Firewall",
@@ -32,7 +33,10 @@ COMPONENT_TYPES = {
     "prometheus-federation:index:Slave",
 }
 # Resources of AWS that can carry no tags.
-WITHOUT_TAGS = {providers.RECORD, providers.EIP_ASSOCIATION, providers.VOLUME_ATTACHMENT}
+WITHOUT_TAGS = {
+    *(providers.RECORD, providers.EIP_ASSOCIATION, providers.VOLUME_ATTACHMENT),
+    providers.ROLE_POLICY_ATTACHMENT,
+}
 USER_DATA_LIMIT = 16_384
 # The commands of a server, by the ends of their names.
 PURPOSES = ("first-contact", "bundle")
@@ -61,7 +65,7 @@ def test_every_resource_but_the_components_of_the_stack_has_a_component_as_paren
 ) -> None:
     by_urn = {r.urn: r for r in dev.recorder.resources}
     on_top = {r.name for r in dev.recorder.resources if r.parent not in by_urn}
-    assert on_top == {"ca", "operator-ssh", "operator-ssh-2", "master", "slave-dublin"}
+    assert on_top == {"ca", "operator-ssh", "operator-ssh-2", "backups", "master", "slave-dublin"}
     for resource in dev.recorder.resources:
         if resource.parent in by_urn:
             assert not by_urn[resource.parent].custom

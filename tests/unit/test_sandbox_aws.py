@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from sandbox import providers
+from sandbox import providers, snapshots
 from sandbox.aws import AwsProvider
+from sandbox.host import SandboxError
 from sandbox.image import Image
 from sandbox.network import Fabric, NetworkModel
 from sandbox.plan import Plan
@@ -57,3 +58,57 @@ def test_given_hosts_keep_their_public_addresses_beside_the_programs_own(
     assert list(given.eips.values()) == ["core01"]
     stale = replace(given, eips={**given.eips, "198.51.100.65": "an-instance-that-is-gone"})
     assert aws._model(stale).eips == given.eips
+
+
+def volume(aws: AwsProvider, **inputs: Any) -> str:
+    tags = {"Backup": "stack", "Name": "stack-watcher-data"}
+    return create(aws, providers.VOLUME, **{"size": 1, "tags": tags, **inputs})[0]
+
+
+def policy(keep: int) -> dict[str, Any]:
+    return {
+        "policyDetails": {
+            "targetTags": {"Backup": "stack"},
+            "schedules": [{"retainRule": {"count": keep}}],
+        }
+    }
+
+
+def test_a_policy_s_snapshot_is_the_volume_at_that_moment_and_a_volume_is_made_of_it(
+    aws: AwsProvider, tmp_path: Path
+) -> None:
+    create(aws, providers.LIFECYCLE_POLICY, **policy(2))
+    id_, _ = volume(aws), volume(aws, tags={"Backup": "another stack"})
+    file = tmp_path / "volumes" / f"{id_}.img"
+    with file.open("r+b") as image:
+        image.write(b"before")
+    (taken,) = aws.run_policies()
+    with file.open("r+b") as image:
+        image.write(b"later!")
+    restored = volume(aws, size=2, snapshotId=taken.id)
+    made = tmp_path / "volumes" / f"{restored}.img"
+    with made.open("rb") as image:
+        assert image.read(6) == b"before"
+    assert made.stat().st_size == 2 << 30
+    assert made.stat().st_blocks < 1000, "sparse"
+    with pytest.raises(SandboxError, match=f"no snapshot snap-none.\nThere are: {taken.id}"):
+        volume(aws, snapshotId="snap-none")
+
+
+def test_a_policy_prunes_and_snapshots_outlive_volume_and_policy(aws: AwsProvider) -> None:
+    create(aws, providers.LIFECYCLE_POLICY, **policy(2))
+    first = volume(aws)
+    taken = [snapshot.id for _ in range(3) for snapshot in aws.run_policies()]
+    assert [s.id for s in snapshots.every(aws._plan)] == taken[1:]
+    aws._cloud.policies.clear()
+    aws._cloud.volumes.clear()
+    assert not aws.run_policies()
+    assert [s.volume for s in snapshots.every(aws._plan)] == [first, first]
+
+
+def test_a_volume_smaller_than_its_snapshot_is_refused(aws: AwsProvider) -> None:
+    create(aws, providers.LIFECYCLE_POLICY, **policy(2))
+    volume(aws, size=2)
+    (taken,) = aws.run_policies()
+    with pytest.raises(SandboxError, match="has 2 GiB, the volume 1"):
+        volume(aws, snapshotId=taken.id)

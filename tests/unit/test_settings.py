@@ -384,6 +384,30 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "neither a slave nor a master",
         "add slaves, master or both",
     ),
+    "an interval that EBS does not know": (
+        lambda g: g.update(backup={"intervalHours": 5}),
+        "backup.intervalHours",
+        "5",
+        "6, 8",
+    ),
+    "a backup that would not stay": (
+        lambda g: g.update(backup={"keepOnHost": 0}),
+        "backup.keepOnHost",
+        "0",
+        "greater than or equal to 1",
+    ),
+    "a snapshot that is none": (
+        lambda g: first_slave(g, restoreFrom="vol-0123456789abcdef0"),
+        "slaves[0].restoreFrom[0]",
+        "vol-0123456789abcdef0",
+        "snap-",
+    ),
+    "a snapshot twice": (
+        lambda g: first_slave(g, restoreFrom=["snap-01234567", "snap-01234567"]),
+        "slaves[0].restoreFrom",
+        "snap-01234567",
+        "take out the earlier ones",
+    ),
     "a rule file that is not there": (
         lambda g: g.update(ruleFiles=["rules/none.yml"]),
         "ruleFiles",

@@ -1,0 +1,47 @@
+"""Backups on the host: a timer that has Prometheus take a snapshot of its database.
+
+https://prometheus.io/docs/prometheus/latest/querying/api/#snapshot
+"""
+
+from __future__ import annotations
+
+from hostfiles.files import File, Unit
+from hostfiles.model import Server
+from hostfiles.templates import FOLDER, render
+
+PROGRAM = "/usr/local/sbin/backup-data"
+RESTORE = "/usr/local/sbin/restore-data"
+SERVICE = "/etc/systemd/system/prometheus-backup.service"
+TIMER = "/etc/systemd/system/prometheus-backup.timer"
+# All that is not needed before the first bundle.
+PATHS = (PROGRAM, RESTORE, SERVICE, TIMER)
+# Of the textfile that tells of the last backup. Also in prometheus.service, which makes it.
+METRICS = "/var/lib/prometheus-backup"
+
+
+def files(server: Server) -> tuple[File, ...]:
+    """The programs, the service and its timer."""
+    hours = range(0, 24, server.backup.interval_hours)
+    return (
+        *(
+            File(path=path, content=(FOLDER / path.rpartition("/")[2]).read_text(), mode=0o755)
+            for path in (PROGRAM, RESTORE)
+        ),
+        File(
+            path=SERVICE,
+            content=render(
+                "systemd/prometheus-backup.service.j2",
+                keep=server.backup.keep,
+                max_age_days=server.backup.max_age_days,
+            ),
+        ),
+        File(
+            path=TIMER,
+            content=render(
+                "systemd/prometheus-backup.timer.j2", hours=",".join(f"{hour:02}" for hour in hours)
+            ),
+        ),
+    )
+
+
+UNIT = Unit(name="prometheus-backup.timer", restart_on=(TIMER,))
