@@ -32,10 +32,8 @@ INSTALL = f"{_AS_ROOT}exec $sudo python3 -c '{_LOADER}' install"
 
 
 def remove(owner: str) -> str:
-    """The command that leaves the host as it was. Its folder is root's alone, so root looks."""
-    return (
-        f"{_AS_ROOT}$sudo test -x {PROGRAM} || exit 0; exec $sudo python3 {PROGRAM} remove {owner}"
-    )
+    """The command that leaves the host as it was."""
+    return f"{_AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo python3 {PROGRAM} remove {owner}"
 
 
 def delivery(master: ExistingMaster, secrets: ExistingMasterSecrets) -> str:
