@@ -203,6 +203,7 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
             "etc/prometheus/secrets/ready.curl": local,
             "etc/prometheus/secrets/reload.curl": local,
             "etc/prometheus/secrets/node_exporter.curl": local,
+            "etc/prometheus/secrets/snapshot.curl": local,
             "etc/prometheus/tls/prometheus.key": {f"{name}-prometheus-key"},
             "etc/prometheus/web.yml": {HASH},
             "etc/node_exporter/tls/node_exporter.key": {f"{name}-node-exporter-key"},
