@@ -116,6 +116,9 @@ def test_ctrl_c_ends_up_cleanly_and_the_next_one_goes_on(own: Sandbox) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # As from a terminal: tests/run starts these tests in the background, where a shell has
+        # Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         time.sleep(2.5)
         process.send_signal(signal.SIGINT)
