@@ -224,7 +224,7 @@ def test_the_operators_ssh_key(quick: Sandbox, tmp_path: Path) -> None:
             assert done.returncode == expected, (server, done.stderr)
     # The next change arrives by the new one, at monitored hosts through the slave, too.
     with nothing_failed(sandbox):
-        now = sandbox.get("slaves")[0]["rotation"].get("exporterPassword", 1)
+        now = sandbox.get("slaves")[0].get("rotation", {}).get("exporterPassword", 1)
         rotate(sandbox, "dublin", exporterPassword=now + 1)
         printed = sandbox.up()
     assert "Command slave-dublin-core01.example.internal" in printed
