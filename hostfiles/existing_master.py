@@ -14,6 +14,7 @@ import yaml
 from hostfiles import prometheus
 from hostfiles.duration import milliseconds
 from hostfiles.model import ExistingMaster, ExistingMasterSecrets
+from hostfiles.remote_program import AS_ROOT, install_command
 from hostfiles.templates import FOLDER
 
 # existing-master refuses another number.
@@ -21,19 +22,12 @@ FORMAT = 1
 NAME = "existing-master"
 PROGRAM = f"/opt/federation-master/bin/{NAME}"
 
-# The delivery comes on stdin, its own program with it: nothing needs to be there before.
-_LOADER = (
-    "import json, sys; d = json.load(sys.stdin); "
-    f'exec(compile(d["program"], "{NAME}", "exec"), '
-    '{"__name__": "__main__", "delivery": d})'
-)
-_AS_ROOT = '[ "$(id -u)" = 0 ] || sudo="sudo -n"; '
-INSTALL = f"{_AS_ROOT}exec $sudo python3 -c '{_LOADER}' install"
+INSTALL = install_command(NAME, '["program"]')
 
 
 def remove(owner: str) -> str:
     """The command that leaves the host as it was."""
-    return f"{_AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo python3 {PROGRAM} remove {owner}"
+    return f"{AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo python3 {PROGRAM} remove {owner}"
 
 
 def delivery(master: ExistingMaster, secrets: ExistingMasterSecrets) -> str:

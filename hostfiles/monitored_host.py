@@ -11,6 +11,7 @@ from hostfiles import bundle, certificates, node_exporter
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import MonitoredHost, MonitoredHostSecrets
 from hostfiles.releases import directory
+from hostfiles.remote_program import AS_ROOT, install_command
 from hostfiles.templates import FOLDER, render
 
 # monitored-host refuses another number.
@@ -18,19 +19,12 @@ FORMAT = 1
 PROGRAM = "/opt/federation/bin/monitored-host"
 _PROGRAMS = ("monitored-host", "apply-bundle", "install-release")
 
-# The delivery comes on stdin, its own program with it: nothing needs to be there before.
-_LOADER = (
-    "import json, sys; d = json.load(sys.stdin); "
-    'exec(compile(d["programs"]["monitored-host"], "monitored-host", "exec"), '
-    '{"__name__": "__main__", "delivery": d})'
-)
-_AS_ROOT = '[ "$(id -u)" = 0 ] || sudo="sudo -n"; '
-INSTALL = f"{_AS_ROOT}exec $sudo python3 -c '{_LOADER}' install"
+INSTALL = install_command("monitored-host", '["programs"]["monitored-host"]')
 
 
 def remove(owner: str) -> str:
     """The command that leaves the host as it was."""
-    return f"{_AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo {PROGRAM} remove {owner}"
+    return f"{AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo {PROGRAM} remove {owner}"
 
 
 def delivery(host: MonitoredHost, secrets: MonitoredHostSecrets) -> str:
