@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pulumi
-import pulumi_command as command
-from pulumi import CustomTimeouts, Output, ResourceOptions
+from pulumi import Output, ResourceOptions
 
 from components.credentials import password
+from components.delivery import deliver
 from components.environment import Environment
-from components.host import DIAL_SECONDS
 from components.pki import LeafArgs, LeafCertificate
 from components.slave import Slave
 from existing_master_settings import ExistingMasterAccess, ExistingMasterSettings
@@ -86,32 +85,20 @@ class ExistingMaster(pulumi.ComponentResource):
                 )
             )
         )
-        command.remote.Command(
+        deliver(
             self._name,
-            connection=command.remote.ConnectionArgs(
-                host=access.host or settings.host,
-                port=access.port,
-                user=access.user,
-                private_key=Output.secret(access.private_key.get_secret_value()),
-                host_key=access.host_key,
-                dial_error_limit=-1,
-                per_dial_timeout=DIAL_SECONDS,
+            self,
+            host=access.host or settings.host,
+            port=access.port,
+            user=access.user,
+            private_key=access.private_key.get_secret_value(),
+            host_key=access.host_key,
+            install=existing_master.INSTALL,
+            remove=existing_master.remove(owner),
+            delivery=Output.all(public, secrets).apply(
+                lambda pair: existing_master.delivery(*pair)
             ),
-            create=existing_master.INSTALL,
-            update=existing_master.INSTALL,
-            delete=existing_master.remove(owner),
-            stdin=Output.secret(
-                Output.all(public, secrets).apply(lambda pair: existing_master.delivery(*pair))
-            ),
-            logging=command.remote.Logging.NONE,
-            add_previous_output_in_env=False,
-            opts=ResourceOptions(
-                parent=self,
-                # It waits until each site's target is up.
-                depends_on=[slave.host.delivered for slave in slaves],
-                additional_secret_outputs=["stdout", "stderr"],
-                custom_timeouts=CustomTimeouts(
-                    create=access.timeout, update=access.timeout, delete=access.timeout
-                ),
-            ),
+            timeout=access.timeout,
+            # It waits until each site's target is up.
+            depends_on=[slave.host.delivered for slave in slaves],
         )

@@ -20,6 +20,7 @@ from pulumi import CustomTimeouts, Input, Output, ResourceOptions
 
 from components.backup import backup_tag
 from components.credentials import RandomCredential, RotatingCredential, Rotation
+from components.delivery import DIAL_SECONDS
 from components.environment import Environment
 from components.firewall import Firewall, TableOf
 from components.lookups import IMAGES
@@ -37,8 +38,6 @@ ROOT_VOLUME_GIB = 8
 FIRST_CONTACT_TIMEOUT = "15m"
 # Validators, restarts and Prometheus's replay of its log.
 DELIVERY_TIMEOUT = "15m"
-# One attempt to connect; attempts follow each other until the command's time is up.
-DIAL_SECONDS = 15
 
 S = TypeVar("S", bound=Server)
 T = TypeVar("T", bound=ServerSecrets)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pulumi
-import pulumi_command as command
-from pulumi import CustomTimeouts, Output, ResourceOptions
+from pulumi import Output, ResourceOptions
 
 from components.credentials import RotatingCredential
+from components.delivery import deliver
 from components.environment import Environment
-from components.host import DIAL_SECONDS, Host
+from components.host import Host
 from components.pki import LeafArgs, LeafCertificate
 from hostfiles import monitored_host
 from hostfiles.model import MonitoredHost, MonitoredHostSecrets
@@ -71,35 +71,21 @@ class NodeExporter(pulumi.ComponentResource):
         secrets = Output.all(leaf, *_users(server.exporters)).apply(
             lambda known: MonitoredHostSecrets(leaf=known[0], users=tuple(known[1:]))
         )
-        command.remote.Command(
+        deliver(
             name,
-            connection=command.remote.ConnectionArgs(
-                host=host.address or host.host,
-                port=access.port,
-                user=access.user,
-                private_key=Output.secret(access.private_key.get_secret_value()),
-                host_key=host.host_key,
-                dial_error_limit=-1,
-                per_dial_timeout=DIAL_SECONDS,
-                proxy=server.jump if access.jump else None,
-            ),
-            create=monitored_host.INSTALL,
-            update=monitored_host.INSTALL,
-            delete=monitored_host.remove(owner),
-            stdin=Output.secret(
-                Output.all(public, secrets).apply(lambda pair: monitored_host.delivery(*pair))
-            ),
-            logging=command.remote.Logging.NONE,
-            add_previous_output_in_env=False,
-            opts=ResourceOptions(
-                parent=self,
-                # The way there first. And when passwords change: who sends before who asks.
-                depends_on=[server.delivered],
-                additional_secret_outputs=["stdout", "stderr"],
-                custom_timeouts=CustomTimeouts(
-                    create=access.timeout, update=access.timeout, delete=access.timeout
-                ),
-            ),
+            self,
+            host=host.address or host.host,
+            port=access.port,
+            user=access.user,
+            private_key=access.private_key.get_secret_value(),
+            host_key=host.host_key,
+            proxy=server.jump if access.jump else None,
+            install=monitored_host.INSTALL,
+            remove=monitored_host.remove(owner),
+            delivery=Output.all(public, secrets).apply(lambda pair: monitored_host.delivery(*pair)),
+            timeout=access.timeout,
+            # The way there first. And when passwords change: who sends before who asks.
+            depends_on=[server.delivered],
         )
         self.register_outputs({})
 
