@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bcrypt
 import pytest
 import yaml
 
+from components import credentials
 from sandbox.program import Project, evaluate, read_project
 from sandbox.recorder import Recorder
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "prometheus-federation"
+
+_hashpw = functools.cache(bcrypt.hashpw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +51,19 @@ def dev() -> Evaluated:
     return run_program()
 
 
+@pytest.fixture(autouse=True)
+def hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder gives the same passwords every time: each costs its hash once a session."""
+    monkeypatch.setattr(bcrypt, "hashpw", _hashpw)
+
+
 @pytest.fixture
-def slaves() -> Callable[[int], list[dict[str, Any]]]:
-    """Settings of so many sites, alike but for their names."""
+def slaves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[dict[str, Any]]]:
+    """Settings of so many sites, alike but for their names. Tests of many sites are about sites:
+    their targets are plain, and their passwords' hashes cheap."""
+    monkeypatch.setattr(credentials, "STRONG_COST", credentials.CHEAP_COST)
     config = yaml.safe_load((ROOT / "Pulumi.dev.yaml").read_text())["config"]
     one = config[f"{NAMESPACE}:slaves"][0]
-    # Tests of many sites are about sites.
     one["jobs"][0]["targets"] = [f"{host['host']}:9100" for host in one["jobs"][0].pop("hosts")]
     del one["hostAccess"]
 
