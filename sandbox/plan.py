@@ -1,6 +1,6 @@
 """Every name and address of one sandbox, and the lock that keeps two of them apart.
 
-Two sandboxes may run side by side on a machine: slot 0 is `make up`, slot 1 `make test`.
+Several may run side by side on a machine: slot 0 is `make up`'s, 1 and 2 are `make test`'s.
 Everything that a sandbox makes outside its own folders begins with its prefix, so that it can be
 found and removed with no state at all.
 """
@@ -25,9 +25,10 @@ NETNS_DIR = Path("/run/netns")
 # TEST-NET-2 and TEST-NET-3 (RFC 5737). TEST-NET-1 is taken on our build machines.
 _EIP_RANGE = IPv4Network("198.51.100.0/24")
 _SERVICE_RANGE = IPv4Network("203.0.113.0/24")
-# The last octet at which each slot's /26 begins. Not in order, since our build machines reach
-# their package mirror at an address in 203.0.113.64/26.
-_BLOCKS = (0, 192, 128, 64)
+# The last octet at which each slot's /27 begins. Not in order, since our build machines reach
+# their package mirror at an address in 203.0.113.64/27.
+_BLOCKS = (0, 192, 128, 32, 224, 160, 96, 64)
+_PREFIX_LENGTH = 27
 SLOTS = len(_BLOCKS)
 
 MARKER = ".prometheus-federation-sandbox"
@@ -99,12 +100,14 @@ class Plan:
     @property
     def eip_range(self) -> IPv4Network:
         """Where Elastic IPs come from."""
-        return IPv4Network((int(_EIP_RANGE.network_address) + _BLOCKS[self.slot], 26))
+        return IPv4Network((int(_EIP_RANGE.network_address) + _BLOCKS[self.slot], _PREFIX_LENGTH))
 
     @property
     def service_range(self) -> IPv4Network:
         """Where every other public address comes from."""
-        return IPv4Network((int(_SERVICE_RANGE.network_address) + _BLOCKS[self.slot], 26))
+        return IPv4Network(
+            (int(_SERVICE_RANGE.network_address) + _BLOCKS[self.slot], _PREFIX_LENGTH)
+        )
 
     @property
     def public_ranges(self) -> tuple[IPv4Network, IPv4Network]:
@@ -139,12 +142,12 @@ class Plan:
     @property
     def temporary_ips(self) -> tuple[str, ...]:
         """Public addresses for instances that have no Elastic IP."""
-        return tuple(str(self.service_range[n]) for n in range(8, 48))
+        return tuple(str(self.service_range[n]) for n in range(8, 20))
 
     @property
     def stranger_ips(self) -> tuple[str, ...]:
         """Public addresses for strangers."""
-        return tuple(str(self.service_range[n]) for n in range(48, 63))
+        return tuple(str(self.service_range[n]) for n in range(20, 31))
 
     # Folders
 

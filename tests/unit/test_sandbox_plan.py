@@ -77,7 +77,7 @@ def test_a_mirror_inside_our_range_is_refused(tmp_path: Path, monkeypatch: pytes
     plan = Plan(0, tmp_path)
     routes(monkeypatch)
     with pytest.raises(SandboxError, match="package mirror"):
-        check_ranges(plan, in_use=[str(plan.service_range[40])])
+        check_ranges(plan, in_use=[str(plan.service_range[30])])
 
 
 def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, runtime: Path):

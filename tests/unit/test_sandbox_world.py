@@ -164,7 +164,7 @@ def test_placeholders_become_what_only_the_sandbox_knows(tmp_path: Path):
     public = host_key(plan, world.hosts[0]).with_suffix(".pub").read_text()
     assert public.startswith(slave["hosts"][0]["hostKey"] + " ")
     assert len(slave["hosts"][0]["hostKey"].split()) == 2
-    assert found["p:edge"] == "198.51.100.62"
+    assert found["p:edge"] == "198.51.100.30"
     assert found["p:other"] == settings["p:other"]
     assert settings["p:edge"] == {"given": f"{NAME}/publicAddress"}
 
@@ -194,10 +194,10 @@ def test_an_unknown_placeholder_is_refused_with_its_place_and_those_there_are(
 
 def test_public_hosts_have_addresses_that_instances_do_not_get(tmp_path: Path):
     plan, world = Plan(0, tmp_path), with_host(load_world(), 1, public=True)
-    before = NetworkModel(eips={"198.51.100.1": "slave", "198.51.100.62": "core02"})
+    before = NetworkModel(eips={"198.51.100.1": "slave", "198.51.100.30": "core02"})
     model = with_world(before, world, plan, before=["core02"])
-    assert model.eips == {"198.51.100.1": "slave", "198.51.100.62": "core02"}
-    assert model.public_addresses("vpc-dublin") == {"198.51.100.62": "10.20.1.12"}
+    assert model.eips == {"198.51.100.1": "slave", "198.51.100.30": "core02"}
+    assert model.public_addresses("vpc-dublin") == {"198.51.100.30": "10.20.1.12"}
     shut = with_world(model, load_world(), plan, before=["core02"])
     assert shut.eips == {"198.51.100.1": "slave"}
 
