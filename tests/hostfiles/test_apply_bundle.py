@@ -298,3 +298,48 @@ def test_a_release_that_cannot_be_had_changes_nothing(applied: Host) -> None:
     assert done.stderr == f"apply-bundle: installing demo 2: {words}\nNothing was changed.\n"
     assert applied.cat("/etc/demo/b") == "1"
     assert applied.calls == []
+
+
+def test_a_unit_that_left_the_bundle_is_stopped(applied: Host) -> None:
+    less = bundle(a="good 1", b="1")
+    del less["units"][1]
+    done = applied.apply(less)
+    assert (done.returncode, done.stdout) == (0, "stopped b.service\n")
+    assert "stop b.service" in (applied.root.upper / "stub/calls").read_text().splitlines()
+    assert applied.apply(less).stdout == "no changes\n"
+
+
+def checked(host: Host) -> tuple[str, dict[str, str]]:
+    """What `--check` prints, and the metrics that it writes."""
+    done = host.root.run(["/usr/local/sbin/apply-bundle", "--check", "/run/bundle.prom"])
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in host.cat("/run/bundle.prom").splitlines() if line[0] != "#"]
+    return done.stdout, dict(line.rsplit(" ", 1) for line in lines)
+
+
+def test_a_check_tells_what_somebody_changed_and_touches_nothing(applied: Host) -> None:
+    printed, metrics = checked(applied)
+    assert printed == ""
+    assert metrics["federation_bundle_changed_files"] == "0"
+    assert metrics["federation_bundle_unfinished"] == "0"
+    applied.root.run(["sh", "-c", "echo more >>/etc/demo/a; rm /etc/demo/b; echo 1 >/etc/demo/b"])
+    printed, metrics = checked(applied)
+    assert printed == "not as delivered: /etc/demo/a\nnot as delivered: /etc/demo/b\n"
+    assert metrics["federation_bundle_changed_files"] == "2"
+    assert applied.cat("/etc/demo/a") == "good 1more\n"
+    assert applied.apply(bundle(a="good 1", b="1")).returncode == 0
+    assert checked(applied)[1]["federation_bundle_changed_files"] == "0"
+
+
+def test_a_check_tells_of_a_delivery_that_was_killed(applied: Host) -> None:
+    applied.on("kill", "restart a.service")
+    assert applied.apply(bundle(a="good 2", b="2")).returncode != 0
+    assert checked(applied)[1]["federation_bundle_unfinished"] == "1"
+    assert applied.apply(bundle(a="good 2", b="2")).returncode == 0
+    assert checked(applied)[1]["federation_bundle_unfinished"] == "0"
+
+
+def test_a_check_of_a_host_without_bundle_fails(host: Host) -> None:
+    done = host.root.run(["/usr/local/sbin/apply-bundle", "--check", "/run/bundle.prom"])
+    assert done.returncode == 1
+    assert "no bundle here" in done.stderr
