@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from alerting_settings import AlertingSettings
 from existing_master_settings import ExistingMasterSettings
 from hostfiles.model import Backup, Release
 from job_settings import HostAccess, JobSettings, check_jobs
@@ -65,6 +66,9 @@ RELEASES = {
         "1.12.1",
         "b51d8a76aa2a9156a55d501aca6276fae09e262259a5e4e831d2c2222f084e63",
     ),
+    "alertmanager": _official(
+        "alertmanager", "0.34.0", "19c75a11d8c03dc4ade7abdbddfb3a8f28c9e7b000d0849cda0cd71dffd74a03"
+    ),
 }
 
 # Memory of EC2's families at size `large`, in MiB; each other size is a multiple of it.
@@ -73,7 +77,9 @@ _MEMORY_OF_LARGE = {"t": 8192, "m": 8192, "c": 4096, "r": 16384}
 _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large": 1}
 
 # Keys, at any depth, whose values no error shows.
-_SECRET_KEYS = frozenset({"password", "nextPassword", "privateKey", "key", "credentials"})
+_SECRET_KEYS = frozenset(
+    {"password", "nextPassword", "privateKey", "key", "credentials", "global", "receivers"}
+)
 
 
 class SettingsError(pulumi.RunError):
@@ -281,6 +287,7 @@ class ReleasesSettings(Model):
 
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
+    alertmanager: ReleaseSettings | None = None
 
 
 class Settings(Model):
@@ -302,6 +309,7 @@ class Settings(Model):
     scrape_interval: Duration
     evaluation_interval: Duration
     rule_files: tuple[str, ...]
+    alerting: Annotated[AlertingSettings | None, BeforeValidator(_none_if_empty)]
     tags: Mapping[str, str]
     releases: ReleasesSettings
     rotation: EnvironmentRotation
@@ -376,14 +384,18 @@ class Settings(Model):
         """A host's name in the zone."""
         return f"{host.host}.{self.zone}"
 
-    def release(self, key: Literal["prometheus", "nodeExporter"]) -> Release:
+    def release(self, key: Literal["prometheus", "nodeExporter", "alertmanager"]) -> Release:
         """The release of a program: the pinned one unless the settings name another."""
         pinned = RELEASES[key]
-        chosen = self.releases.prometheus if key == "prometheus" else self.releases.node_exporter
+        chosen: ReleaseSettings | None = getattr(self.releases, pinned.name)
         if chosen is None:
             return pinned
         official = _official(pinned.name, chosen.version, chosen.sha256)
         return replace(official, url=chosen.url) if chosen.url else official
+
+    def notifications(self) -> tuple[tuple[int, str], ...]:
+        """Ports and networks (CIDR) of receivers that firewalls let hosts reach."""
+        return self.alerting.destinations() if self.alerting else ()
 
     def rule_file_contents(self) -> dict[str, str]:
         """The rule files by the name they have on a host."""

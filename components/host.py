@@ -88,6 +88,7 @@ class Leaves:
     prometheus: LeafCertificate
     nginx: LeafCertificate
     node_exporter: LeafCertificate
+    alertmanager: LeafCertificate | None
 
 
 class Host(pulumi.ComponentResource):
@@ -189,6 +190,7 @@ class Host(pulumi.ComponentResource):
     def server(self, kind: type[S], **special: Any) -> Output[S]:
         """What the renderers need to know of this machine, with what is special to its kind."""
         settings = self._environment.settings
+        alerting = settings.alerting
         return Output.all(
             volume_id=self._volume.id,
             ca_bundle=self._environment.authority.bundle,
@@ -209,6 +211,7 @@ class Host(pulumi.ComponentResource):
                 rule_files=settings.rule_file_contents(),
                 backup=settings.backup.on_host(),
                 jump_ports=self._host.jump_ports,
+                alerting=alerting.alerting(settings.release("alertmanager")) if alerting else None,
                 **known,
                 **special,
             )
@@ -218,6 +221,7 @@ class Host(pulumi.ComponentResource):
         self, kind: type[T], remote: RotatingCredential, **special: Input[Any]
     ) -> Output[T]:
         """The secrets of this machine, with what is special to its kind."""
+        alerting, leaf = self._environment.settings.alerting, self._leaves.alertmanager
         return Output.secret(
             Output.all(
                 prometheus_leaf=self._leaves.prometheus.leaf,
@@ -226,6 +230,8 @@ class Host(pulumi.ComponentResource):
                 local=self._local.credential,
                 exporter=self.exporters.current if self.exporters else None,
                 jobs={job.name: job.secrets() for job in self._host.jobs},
+                alertmanager_leaf=leaf.leaf if leaf else None,
+                alerting=alerting.secrets() if alerting else {},
                 remote=remote.accepted,
                 **special,
             ).apply(lambda known: kind(**known))
@@ -307,17 +313,24 @@ class Host(pulumi.ComponentResource):
                 authority,
                 opts=self._child_opts,
             ),
-            node_exporter=LeafCertificate(
-                f"{self._name}-node-exporter",
-                LeafArgs(
-                    common_name=fqdn,
-                    generation=generation,
-                    more_names=["localhost"],
-                    ip_addresses=["127.0.0.1"],
-                ),
-                authority,
-                opts=self._child_opts,
+            node_exporter=self._create_local_leaf("node-exporter"),
+            alertmanager=self._create_local_leaf("alertmanager")
+            if self._environment.settings.alerting
+            else None,
+        )
+
+    def _create_local_leaf(self, program: str) -> LeafCertificate:
+        """Of a program that answers on loopback alone."""
+        return LeafCertificate(
+            f"{self._name}-{program}",
+            LeafArgs(
+                common_name=self.address.fqdn,
+                generation=self._host.rotation.leaf_certificates,
+                more_names=["localhost"],
+                ip_addresses=["127.0.0.1"],
             ),
+            self._environment.authority,
+            opts=self._child_opts,
         )
 
     def _create_exporters(self) -> RotatingCredential | None:

@@ -140,6 +140,7 @@ def _table(settings: SlaveSettings, master: FederatingMaster, environment: Envir
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
+            notifications=environment.settings.notifications(),
         )
 
     return with_network

@@ -13,7 +13,16 @@ from typing import Any
 
 import yaml
 
-from hostfiles import backup, firewall, nginx, node_exporter, programs, prometheus
+from hostfiles import (
+    alertmanager,
+    backup,
+    firewall,
+    nginx,
+    node_exporter,
+    programs,
+    prometheus,
+    watch,
+)
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
 
@@ -21,7 +30,11 @@ from hostfiles.releases import install_command
 LIMIT = 16_384
 # In this order.
 _LEFT_OUT = (
-    backup.PATHS,
+    (
+        *backup.PATHS,
+        *watch.PATHS,
+        *(alertmanager.SERVICE, f"{alertmanager.FOLDER}/", f"{prometheus.FOLDER}/alerts/"),
+    ),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )
@@ -30,8 +43,8 @@ _LEFT_OUT = (
 def user_data(host: HostFiles, *, first_contact_key: str, first_contact_public: str) -> bytes:
     """A gzipped #cloud-config of at most 16,384 bytes.
 
-    What does not fit is left out, backups and what grows with the settings first: the first bundle
-    brings it anyway, and no service starts before.
+    What does not fit is left out, backups, alerts and what grows with the settings first: the
+    first bundle brings it anyway, and no service starts before.
     """
     secret = [file.path for file in host.files if file.secret]
     if secret:

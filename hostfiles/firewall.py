@@ -37,14 +37,16 @@ def slave_rules(
     jobs: Iterable[Job],
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
+    notifications: Iterable[tuple[int, str]] = (),
 ) -> tuple[Rule, ...]:
     """A slave: its master on the federation port, operators on SSH, out to its targets.
 
     Targets that are named by host are reached in `target_cidrs`, or in the VPC if there are none;
-    so are the SSH ports of monitored hosts.
+    so are the SSH ports of monitored hosts. `notifications` are ports and CIDRs of receivers.
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
     base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
+    base = (*base, *_out("notify", notifications, "Notifications", base))
     return (
         # Numbered, not named by address: a master's address is known only after `up` began.
         *(
@@ -73,6 +75,7 @@ def master_rules(
     jobs: Iterable[Job],
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
+    notifications: Iterable[tuple[int, str]] = (),
 ) -> tuple[Rule, ...]:
     """A master: operators on its pages and on SSH, out to each slave and to its own targets.
 
@@ -80,6 +83,7 @@ def master_rules(
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
     base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
+    base = (*base, *_out("notify", notifications, "Notifications", base))
     return (
         *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
         *base,
@@ -189,10 +193,7 @@ def _jumps(ports: Sequence[int], cidrs: Sequence[str]) -> tuple[Rule, ...]:
 def _targets(
     jobs: Iterable[Job], named_cidrs: Sequence[str], others: Iterable[Rule]
 ) -> tuple[Rule, ...]:
-    """One rule for each port and network, whichever jobs share them.
-
-    A security group refuses the same rule twice, so what `others` allow is left out.
-    """
+    """One rule for each port and network, whichever jobs share them."""
     wanted: set[tuple[int, str]] = set()
     for job in jobs:
         for target in job.targets:
@@ -203,6 +204,14 @@ def _targets(
             except ipaddress.AddressValueError:
                 wanted.update((int(port), cidr) for cidr in named_cidrs)
         wanted.update((port, cidr) for port in job.discovered_ports for cidr in named_cidrs)
+    return _out("target", wanted, "Scrape targets", others)
+
+
+def _out(
+    name: str, wanted: Iterable[tuple[int, str]], description: str, others: Iterable[Rule]
+) -> tuple[Rule, ...]:
+    """Rules to these ports and networks (CIDR). A security group refuses the same rule twice, so
+    what `others` allow is left out."""
     allowed = {
         (rule.port, rule.cidr)
         for rule in others
@@ -210,14 +219,14 @@ def _targets(
     }
     return tuple(
         Rule(
-            name=f"out-target-{port}-{_slug(cidr)}",
+            name=f"out-{name}-{port}-{_slug(cidr)}",
             direction="egress",
             protocol="tcp",
             port=port,
             cidr=cidr,
-            description="Scrape targets",
+            description=description,
         )
-        for port, cidr in sorted(wanted - allowed)
+        for port, cidr in sorted(set(wanted) - allowed)
     )
 
 

@@ -111,6 +111,14 @@ class Backup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alerting:
+    """Notifications: Alertmanager's configuration, which names its secrets by their files."""
+
+    config: Mapping[str, Any]
+    release: Release
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
@@ -118,7 +126,8 @@ class Server:
     first that ends, in Unix seconds. `operator_keys` are the public SSH keys that may log in, a
     line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
-    `jump_ports` are the SSH ports of hosts that are reached through this server.
+    `jump_ports` are the SSH ports of hosts that are reached through this server. Without
+    `alerting` rules are evaluated, and nobody is told.
     """
 
     fqdn: str
@@ -139,6 +148,7 @@ class Server:
     rule_files: Mapping[str, str]
     backup: Backup
     jump_ports: tuple[int, ...] = ()
+    alerting: Alerting | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +195,8 @@ class Credential:
 class ServerSecrets:
     """`remote` are who may come in through nginx (several while a password is rotated); `local`
     is this host's own user for loopback: self-scrape, node_exporter, reload and readiness.
-    `exporter` is what it sends to monitored hosts, `jobs` what settings gave, by job."""
+    `exporter` is what it sends to monitored hosts, `jobs` what settings gave, by job; `alerting`
+    the secrets of notifications, by the paths of their files."""
 
     prometheus_leaf: Leaf
     nginx_leaf: Leaf
@@ -194,6 +205,8 @@ class ServerSecrets:
     local: Credential
     exporter: Credential | None = None
     jobs: Mapping[str, JobSecrets] = field(default_factory=dict)
+    alertmanager_leaf: Leaf | None = None
+    alerting: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import backup, node_exporter, prometheus
+from hostfiles import alertmanager, backup, node_exporter, prometheus, watch
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -15,6 +15,7 @@ DATA_VOLUME = "/etc/systemd/system/data-volume.service"
 _WANTED = (
     *("data-volume.service", "prometheus.service", "node_exporter.service"),
     backup.UNIT.name,
+    watch.UNIT.name,
 )
 
 
@@ -31,6 +32,8 @@ def files(server: Server) -> tuple[File, ...]:
             content=(
                 '# No home and no shell.\nu prometheus - "Prometheus"\n'
                 'u node_exporter - "Prometheus node_exporter"\n'
+                'u alertmanager - "Prometheus Alertmanager"\n'
+                f'u {watch.USER} - "Watches over the files of this host"\n'
             ),
         ),
         File(
@@ -39,24 +42,32 @@ def files(server: Server) -> tuple[File, ...]:
         ),
         File(
             path="/etc/systemd/system/multi-user.target.d/federation.conf",
-            content=render("systemd/multi-user.target.conf.j2", units=_WANTED),
+            content=render(
+                "systemd/multi-user.target.conf.j2",
+                units=[*_WANTED, *([alertmanager.UNIT.name] if server.alerting else [])],
+            ),
         ),
     )
 
 
-CHECKS = (
-    Check(
-        name="systemd units",
-        argv=(
-            *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
-            # Not data-volume.service: its program may be in this very bundle, not yet in place.
-            f"{{tree}}{prometheus.SERVICE}",
-            f"{{tree}}{node_exporter.SERVICE}",
-            f"{{tree}}{backup.SERVICE}",
-            f"{{tree}}{backup.TIMER}",
+def checks(server: Server) -> tuple[Check, ...]:
+    """systemd reads the units, and finds the programs that they start."""
+    units = (
+        # Not data-volume.service: its program may be in this very bundle, not yet in place.
+        *(prometheus.SERVICE, node_exporter.SERVICE),
+        *(backup.SERVICE, backup.TIMER, watch.SERVICE, watch.TIMER),
+        *([alertmanager.SERVICE] if server.alerting else []),
+    )
+    return (
+        Check(
+            name="systemd units",
+            argv=(
+                *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
+                *(f"{{tree}}{unit}" for unit in units),
+            ),
         ),
-    ),
-)
+    )
+
 
 # Reloaded when Prometheus's unit changes: its retention size does when the volume grew.
 DATA_VOLUME_UNIT = Unit(

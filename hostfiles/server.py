@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hostfiles import (
+    alertmanager,
     backup,
     certificates,
     firewall,
@@ -11,6 +12,7 @@ from hostfiles import (
     programs,
     prometheus,
     sshd,
+    watch,
 )
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import Server, ServerSecrets
@@ -18,7 +20,8 @@ from hostfiles.releases import directory
 from hostfiles.web_config import web_config
 
 # e2fsprogs is part of every cloud image, but not of every image.
-PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw")
+# node_exporter asks systemd through dbus.
+PACKAGES = ("curl", "dbus", "e2fsprogs", "nginx", "ufw")
 
 
 def host_files(server: Server) -> HostFiles:
@@ -27,7 +30,9 @@ def host_files(server: Server) -> HostFiles:
         files=(
             *programs.files(server),
             *prometheus.files(server),
+            *alertmanager.files(server),
             *backup.files(server),
+            *watch.files(server),
             *node_exporter.files(server),
             *nginx.files(server),
             *firewall.files(server.rules),
@@ -36,23 +41,30 @@ def host_files(server: Server) -> HostFiles:
         checks=(
             *prometheus.checks(server),
             _web_config_check(server),
+            *alertmanager.checks(server),
             *node_exporter.checks(server),
             *nginx.CHECKS,
             *firewall.CHECKS,
             *sshd.CHECKS,
-            *programs.CHECKS,
+            *programs.checks(server),
         ),
         # The firewall first: nothing starts to listen before it stands.
         units=(
             firewall.UNIT,
             sshd.UNIT,
             programs.DATA_VOLUME_UNIT,
+            *([alertmanager.UNIT] if server.alerting else []),
             prometheus.UNIT,
             node_exporter.UNIT,
             nginx.unit(server),
             backup.UNIT,
+            watch.UNIT,
         ),
-        releases=(server.prometheus, server.node_exporter),
+        releases=(
+            server.prometheus,
+            server.node_exporter,
+            *([server.alerting.release] if server.alerting else []),
+        ),
         packages=PACKAGES,
     )
 
@@ -75,8 +87,14 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         ),
         *node_exporter.secret_files(server, secrets),
         *nginx.secret_files(secrets),
+        *alertmanager.secret_files(server, secrets),
         certificates.metrics(
             {
+                **(
+                    {alertmanager.CERTIFICATE: secrets.alertmanager_leaf.not_after}
+                    if secrets.alertmanager_leaf
+                    else {}
+                ),
                 f"{prometheus.FOLDER}/tls/ca.pem": server.ca_not_after,
                 f"{prometheus.FOLDER}/tls/prometheus.crt": secrets.prometheus_leaf.not_after,
                 f"{nginx.FOLDER}/tls/server.crt": secrets.nginx_leaf.not_after,
