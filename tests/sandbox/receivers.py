@@ -103,6 +103,8 @@ def _mail(context: ssl.SSLContext, password: str) -> Controller:
         require_starttls=True,
         authenticator=authenticate,
         auth_required=True,
+        # Its LOGIN asks in words that Alertmanager does not know.
+        auth_exclude_mechanism=["LOGIN"],
     )
     controller.start()
     return controller
