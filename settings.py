@@ -276,11 +276,19 @@ class ReleaseSettings(Model):
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
+class PackageSettings(Model):
+    """Another version of a distribution's package than the one that it has."""
+
+    # https://www.debian.org/doc/debian-policy/ch-controlfields.html#version
+    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+~:-]*$")]
+
+
 class ReleasesSettings(Model):
     """Releases by program."""
 
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
+    nginx: PackageSettings | None = None
 
 
 class Settings(Model):
@@ -384,6 +392,11 @@ class Settings(Model):
             return pinned
         official = _official(pinned.name, chosen.version, chosen.sha256)
         return replace(official, url=chosen.url) if chosen.url else official
+
+    @property
+    def nginx_version(self) -> str | None:
+        """The version of nginx's package; None for the distribution's."""
+        return self.releases.nginx.version if self.releases.nginx else None
 
     def rule_file_contents(self) -> dict[str, str]:
         """The rule files by the name they have on a host."""

@@ -205,6 +205,7 @@ class Host(pulumi.ComponentResource):
                 volume_gib=settings.volume_gib_of(self._host),
                 prometheus=settings.release("prometheus"),
                 node_exporter=settings.release("nodeExporter"),
+                nginx_version=settings.nginx_version,
                 jobs=tuple(job.job() for job in self._host.jobs),
                 scrape_interval=settings.scrape_interval,
                 evaluation_interval=settings.evaluation_interval,

@@ -118,7 +118,8 @@ class Server:
     first that ends, in Unix seconds. `operator_keys` are the public SSH keys that may log in, a
     line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
-    `jump_ports` are the SSH ports of hosts that are reached through this server.
+    `jump_ports` are the SSH ports of hosts that are reached through this server. `nginx_version` is
+    that of the distribution's package, or None: whichever the distribution has.
     """
 
     fqdn: str
@@ -139,6 +140,7 @@ class Server:
     rule_files: Mapping[str, str]
     backup: Backup
     jump_ports: tuple[int, ...] = ()
+    nginx_version: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

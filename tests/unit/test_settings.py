@@ -408,6 +408,12 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "snap-01234567",
         "take out the earlier ones",
     ),
+    "a version of nginx that no package can have": (
+        lambda g: g.update(releases={"nginx": {"version": "1.26 or so"}}),
+        "releases.nginx.version",
+        "1.26 or so",
+        "should match pattern",
+    ),
     "a rule file that is not there": (
         lambda g: g.update(ruleFiles=["rules/none.yml"]),
         "ruleFiles",
