@@ -264,8 +264,29 @@ class SlaveSettings(HostSettings):
     sample_limit: Annotated[int, Field(ge=1)] = 200_000
 
 
+class OtherStack(Model):
+    """Sites of another stack of this program. They are named, as each is a rule of the firewall.
+
+    `stack` is what a StackReference takes: `dublin-prod`, or with organisation and project.
+    https://www.pulumi.com/docs/iac/concepts/stacks/#stackreferences
+    """
+
+    stack: Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+$")]
+    sites: Annotated[tuple[HostLabel, ...], Field(min_length=1)]
+
+
 class MasterSettings(HostSettings):
-    """The master Prometheus of this environment."""
+    """The master Prometheus of this environment, and what it federates beside its own sites."""
+
+    other_stacks: tuple[OtherStack, ...] = ()
+
+    @field_validator("other_stacks")
+    @classmethod
+    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
+        for name, count in Counter(other.stack for other in stacks).items():
+            if count > 1:
+                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
+        return stacks
 
 
 class ReleaseSettings(Model):
@@ -349,6 +370,20 @@ class Settings(Model):
             )
         if self.master is not None and self.master.host in {slave.host for slave in self.slaves}:
             raise ValueError(f"master and a slave are both named {self.master.host!r}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _sites_have_names_of_their_own(self) -> Settings:
+        stacks = self.master.other_stacks if self.master else ()
+        others = [(site, other.stack) for other in stacks for site in other.sites]
+        where = [(slave.site, "slaves") for slave in self.slaves] + others
+        for site, count in Counter(site for site, _ in where).items():
+            if count > 1:
+                found = ", ".join(place for name, place in where if name == site)
+                raise ValueError(
+                    f"master.otherStacks makes {count} sites named {site!r} ({found}); the master "
+                    "knows a site by its name alone, so rename it in one of them"
+                )
         return self
 
     @model_validator(mode="after")

@@ -189,7 +189,7 @@ class Host(pulumi.ComponentResource):
         )
         self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
 
-    def server(self, kind: type[S], **special: Any) -> Output[S]:
+    def server(self, kind: type[S], **special: Input[Any]) -> Output[S]:
         """What the renderers need to know of this machine, with what is special to its kind."""
         settings = self._environment.settings
         return Output.all(
@@ -198,6 +198,7 @@ class Host(pulumi.ComponentResource):
             ca_not_after=self._environment.authority.not_after,
             operator_keys=self._environment.operator_keys,
             rules=self.firewall.rules,
+            **special,
         ).apply(
             lambda known: kind(
                 fqdn=self.address.fqdn,
@@ -214,7 +215,6 @@ class Host(pulumi.ComponentResource):
                 backup=settings.backup.on_host(),
                 jump_ports=self._host.jump_ports,
                 **known,
-                **special,
             )
         )
 

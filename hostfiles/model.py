@@ -199,10 +199,27 @@ class ServerSecrets:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteTrust:
+    """What a site of another stack is known by, and the certificate that it lets in.
+
+    `ca_bundle` is the PEM of every CA that its stack trusts, `ca_not_after` the end of the first
+    that ends, in Unix seconds; `leaf` is signed by one of them.
+    """
+
+    ca_bundle: str
+    ca_not_after: int
+    leaf: Leaf
+
+
+@dataclass(frozen=True, kw_only=True)
 class MasterSecrets(ServerSecrets):
-    """The password by which the master comes in at each site."""
+    """The password by which the master comes in at each site, and the trust of another stack's.
+
+    A site that `site_trusts` does not know is of this stack, and trusts the same CA.
+    """
 
     site_passwords: Mapping[str, str] = field(repr=False)
+    site_trusts: Mapping[str, SiteTrust] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

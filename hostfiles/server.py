@@ -81,8 +81,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         *nginx.secret_files(secrets),
         certificates.metrics(
             {
-                f"{prometheus.FOLDER}/tls/ca.pem": server.ca_not_after,
-                f"{prometheus.FOLDER}/tls/prometheus.crt": secrets.prometheus_leaf.not_after,
+                **prometheus.certificate_ends(server, secrets),
                 f"{nginx.FOLDER}/tls/server.crt": secrets.nginx_leaf.not_after,
                 node_exporter.CERTIFICATE: secrets.node_exporter_leaf.not_after,
             }

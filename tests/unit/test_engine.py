@@ -72,7 +72,9 @@ class World:
             yield
 
         state = State.load(self.folder / "state.json")
-        return Engine(state, {"aws": self.provider}, lambda token, args: {}, silent)
+        return Engine(
+            state, {"aws": self.provider}, lambda token, args: {}, silent, lambda name: {}
+        )
 
     def told(self) -> list[tuple[str, str]]:
         calls, self.provider.calls = self.provider.calls, []
