@@ -7,14 +7,12 @@ Killed before each of its changes, without machines: tests/hostfiles/test_apply_
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ import pytest
 
 from sandbox import machine, releases
 from sandbox.host import wait_until
-from sandbox.program import plain
 from tests.sandbox.conftest import NAMESPACE, ROOT, Sandbox
 from tests.sandbox.test_5_data import history, snapshots
 
@@ -436,45 +433,3 @@ def test_a_second_up_is_refused_by_the_name_of_the_first_which_goes_on_unharmed(
         assert first.returncode == 0, printed
     is_finished(pair)
     assert seen()
-
-
-def bundle(sandbox: Sandbox) -> str:
-    """What the program sent the slave last."""
-    (found,) = (r for r in sandbox.state.records.values() if r.name == "slave-dublin-bundle")
-    return plain(found.inputs)["stdin"]
-
-
-def name_of(text: str) -> str:
-    """How apply-bundle calls its tree."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def test_of_two_bundles_at_once_the_second_waits_and_is_in_force_wholly(pair: Sandbox) -> None:
-    newer = bundle(pair)
-    leaves_and_exporter_password(pair)
-    pair.up("--no-verify")
-    older, newer = newer, bundle(pair)
-    step = Step("converge", host="dublin")
-
-    def deliver(text: str) -> str:
-        return pair.inside("dublin", "/usr/local/sbin/apply-bundle", stdin=text)
-
-    def waits() -> bool:
-        found = pair.script("dublin", "pgrep -cf '[s]bin/apply-bundle'", check=False)
-        return int(found or 0) > 1
-
-    with ThreadPoolExecutor(2) as beside:
-        with armed(pair, step):
-            first = beside.submit(deliver, older)
-            assert wait_until(lambda: is_stopped(pair, step), seconds=30)
-        second = beside.submit(deliver, newer)
-        assert wait_until(waits, seconds=30)
-        meanwhile = look(pair, "dublin")
-        assert meanwhile["disturbed"] == []
-        assert meanwhile["bundle"] == name_of(older)
-        assert not second.done()
-        signalled(pair, step, "CONT")
-        assert "changed" in first.result(timeout=60)
-        assert "changed" in second.result(timeout=60)
-    is_finished(pair)
-    assert look(pair, "dublin")["bundle"] == name_of(newer)
