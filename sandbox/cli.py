@@ -201,7 +201,7 @@ def _converge(
             "aws": aws,
             "tls": TlsProvider(),
             "random": RandomProvider(),
-            "command": CommandProvider(engine.cancelled),
+            "command": CommandProvider(engine.cancelled, plan.runtime_dir / "ssh"),
         }
 
         def stop(*_: object) -> None:
