@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Backup, Release
+from hostfiles.model import Backup, Release, SecurityUpdates
 from job_settings import HostAccess, JobSettings, check_jobs
 from setting_types import (
     Cidr,
@@ -162,6 +162,30 @@ class BackupSettings(Model):
             keep=self.keep_on_host,
             max_age_days=self.max_age_days,
         )
+
+
+class SecurityUpdateSettings(Model):
+    """Whether hosts install the distribution's security updates by themselves.
+
+    `reboot_at` is a time of day in UTC: a host whose update asks for it restarts then. Without it
+    none does.
+    """
+
+    install: bool = True
+    reboot_at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_to_reboot_for(self) -> SecurityUpdateSettings:
+        if self.reboot_at and not self.install:
+            raise ValueError(
+                f"restarts hosts at {self.reboot_at} for updates that they do not install; leave "
+                "rebootAt out or install away"
+            )
+        return self
+
+    def on_host(self) -> SecurityUpdates:
+        """What the host itself does."""
+        return SecurityUpdates(install=self.install, reboot_at=self.reboot_at)
 
 
 class HostSettings(Model):
@@ -298,6 +322,7 @@ class Settings(Model):
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
     protect_data: bool
     backup: BackupSettings
+    security_updates: SecurityUpdateSettings
     retention_time: Duration
     scrape_interval: Duration
     evaluation_interval: Duration

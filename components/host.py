@@ -208,6 +208,7 @@ class Host(pulumi.ComponentResource):
                 retention_time=settings.retention_time,
                 rule_files=settings.rule_file_contents(),
                 backup=settings.backup.on_host(),
+                security_updates=settings.security_updates.on_host(),
                 jump_ports=self._host.jump_ports,
                 **known,
                 **special,

@@ -111,6 +111,14 @@ class Backup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecurityUpdates:
+    """Whether a host installs them by itself, and when (`04:00`) it may restart for one."""
+
+    install: bool = True
+    reboot_at: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
@@ -139,6 +147,7 @@ class Server:
     rule_files: Mapping[str, str]
     backup: Backup
     jump_ports: tuple[int, ...] = ()
+    security_updates: SecurityUpdates = SecurityUpdates()
 
 
 @dataclass(frozen=True, kw_only=True)

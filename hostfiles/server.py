@@ -11,6 +11,7 @@ from hostfiles import (
     programs,
     prometheus,
     sshd,
+    system,
 )
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import Server, ServerSecrets
@@ -18,7 +19,7 @@ from hostfiles.releases import directory
 from hostfiles.web_config import web_config
 
 # e2fsprogs is part of every cloud image, but not of every image.
-PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw")
+PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw", "unattended-upgrades")
 
 
 def host_files(server: Server) -> HostFiles:
@@ -32,6 +33,7 @@ def host_files(server: Server) -> HostFiles:
             *nginx.files(server),
             *firewall.files(server.rules),
             *sshd.files(server),
+            *system.files(server.security_updates),
         ),
         checks=(
             *prometheus.checks(server),
@@ -40,12 +42,14 @@ def host_files(server: Server) -> HostFiles:
             *nginx.CHECKS,
             *firewall.CHECKS,
             *sshd.CHECKS,
+            *system.CHECKS,
             *programs.CHECKS,
         ),
         # The firewall first: nothing starts to listen before it stands.
         units=(
             firewall.UNIT,
             sshd.UNIT,
+            *system.units(server.security_updates),
             programs.DATA_VOLUME_UNIT,
             prometheus.UNIT,
             node_exporter.UNIT,
