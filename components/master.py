@@ -14,7 +14,7 @@ from components.host import Host, HostAddress
 from components.lookups import Network
 from components.node_exporter import monitor
 from components.slave import Slave
-from hostfiles import firewall, master
+from hostfiles import firewall, grafana, master
 from hostfiles.model import MasterSecrets, MasterServer
 from settings import FEDERATION_PORT, UI_PORT, MasterSettings
 
@@ -29,6 +29,7 @@ class Master(pulumi.ComponentResource):
 
     host: Host
     ui: RotatingCredential
+    grafana_data_source: str
 
     def __init__(
         self,
@@ -52,6 +53,12 @@ class Master(pulumi.ComponentResource):
         )
         self.ui = RotatingCredential(
             f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
+        )
+        # For a Grafana anywhere else: how it asks this master.
+        self.grafana_data_source = grafana.data_source(
+            url=f"https://{address.fqdn}",
+            server_name=address.fqdn,
+            scrape_interval=environment.settings.scrape_interval,
         )
         server = self.host.server(
             MasterServer,
