@@ -113,6 +113,8 @@ def _one_or_many(value: Any) -> Any:
 
 
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
+Version = Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RotationSettings(Model):
@@ -288,16 +290,33 @@ class SlaveSettings(HostSettings):
     sample_limit: Annotated[int, Field(ge=1)] = 200_000
 
 
-class MasterSettings(HostSettings):
-    """The master Prometheus of this environment."""
-
-
 class ReleaseSettings(Model):
     """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
 
-    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    version: Version
+    sha256: Sha256
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+
+
+class GrafanaSettings(Model):
+    """A Grafana on the master. None is pinned: its builds' addresses hold a number of their own.
+
+    Address and sum stand at https://grafana.com/grafana/download (Open Source, Linux binaries).
+    """
+
+    version: Version
+    sha256: Sha256
+    url: Annotated[str, Field(pattern=r"^https?://.+\.tar\.gz$")]
+
+    def release(self) -> Release:
+        """As the host installs it."""
+        return Release(name="grafana", version=self.version, sha256=self.sha256, url=self.url)
+
+
+class MasterSettings(HostSettings):
+    """The master Prometheus of this environment, and what stands beside it."""
+
+    grafana: GrafanaSettings | None = None
 
 
 class ReleasesSettings(Model):

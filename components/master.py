@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pulumi
+import pulumi_random as random
 from pulumi import Input, Output, ResourceOptions
 
-from components.credentials import RotatingCredential, Rotation, password
+from components.credentials import (
+    PASSWORD_LENGTH,
+    RandomCredential,
+    RotatingCredential,
+    Rotation,
+    password,
+)
 from components.environment import Environment
 from components.firewall import Table, TableOf
 from components.host import Host, HostAddress
@@ -19,6 +27,7 @@ from hostfiles.model import MasterSecrets, MasterServer
 from settings import FEDERATION_PORT, UI_PORT, MasterSettings
 
 UI_USER = "prometheus-admin"
+GRAFANA_USER = "grafana"
 
 
 class Master(pulumi.ComponentResource):
@@ -65,13 +74,16 @@ class Master(pulumi.ComponentResource):
             external_labels={},
             sites=tuple(slave.site for slave in slaves),
             ui_port=UI_PORT,
+            grafana=settings.grafana.release() if settings.grafana else None,
         )
+        grafana_secrets = self._create_grafana_secrets(name) if settings.grafana else {}
         secrets = self.host.secrets(
             MasterSecrets,
-            self.ui,
+            [*self.ui.accepted, *([grafana_secrets["grafana"]] if grafana_secrets else [])],
             site_passwords={
                 slave.site.site: password(slave.federation.current) for slave in slaves
             },
+            **grafana_secrets,
         )
         self.host.boot(
             server.apply(master.host_files),
@@ -87,6 +99,19 @@ class Master(pulumi.ComponentResource):
             "url": f"https://{self.host.address.fqdn}",
             "user": self.ui.user,
             **self.host.outputs,
+        }
+
+    def _create_grafana_secrets(self, name: str) -> dict[str, Output[Any]]:
+        """As whom Grafana comes in at nginx, and the key of its database."""
+        child_opts = ResourceOptions(parent=self)
+        key = random.RandomPassword(
+            f"{name}-grafana-key", length=PASSWORD_LENGTH, special=False, opts=child_opts
+        )
+        return {
+            "grafana": RandomCredential(
+                f"{name}-grafana", GRAFANA_USER, opts=child_opts
+            ).credential,
+            "grafana_key": Output.secret(key.result),
         }
 
 

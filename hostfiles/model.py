@@ -161,10 +161,11 @@ class SlaveServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class MasterServer(Server):
-    """A master and the sites that it federates."""
+    """A master and the sites that it federates. `grafana`: the release of one beside it."""
 
     sites: tuple[FederatedSite, ...]
     ui_port: int
+    grafana: Release | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +208,14 @@ class ServerSecrets:
 
 @dataclass(frozen=True, kw_only=True)
 class MasterSecrets(ServerSecrets):
-    """The password by which the master comes in at each site."""
+    """The password by which the master comes in at each site.
+
+    `grafana` is as whom its Grafana asks nginx, `grafana_key` what that encrypts its database by.
+    """
 
     site_passwords: Mapping[str, str] = field(repr=False)
+    grafana: Credential | None = None
+    grafana_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

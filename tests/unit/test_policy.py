@@ -24,7 +24,7 @@ DISCOVERY = "slave-ohio-discovery"
 @pytest.fixture(scope="module")
 def rich() -> Evaluated:
     """An environment with all that a user may add: two regions, discovery, a restored volume, an
-    existing master, an operator from anywhere."""
+    existing master, Grafana, an operator from anywhere."""
     tagged = {"region": "us-east-2", "filters": [{"name": "tag:monitor", "values": ["yes"]}]}
     ohio = {
         "site": "ohio",
@@ -34,9 +34,12 @@ def rich() -> Evaluated:
         "jobs": [{"name": "fleet", "ec2_sd_configs": [tagged | {"port": 9200}]}],
         "targetCidrs": ["0.0.0.0/0"],
     }
-    existing = {"host": "m.example.com", "cidrs": ["203.0.113.9/32"]}
+    grafana = {"version": "12.1.0", "sha256": "0" * 64, "url": "https://example.com/g.tar.gz"}
     return run_program(
-        slaves=[ohio], existingMaster=existing, operatorCidrs=["0.0.0.0/0", "203.0.113.7/32"]
+        slaves=[ohio],
+        master={"host": "prometheus-master", "grafana": grafana},
+        existingMaster={"host": "m.example.com", "cidrs": ["203.0.113.9/32"]},
+        operatorCidrs=["0.0.0.0/0", "203.0.113.7/32"],
     )
 
 

@@ -396,6 +396,12 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "0",
         "greater than or equal to 1",
     ),
+    "a Grafana from nowhere": (
+        lambda g: g["master"].update(grafana={"version": "12.1.0", "sha256": "0" * 64}),
+        "master.grafana.url",
+        "is missing",
+        "set it",
+    ),
     "a time of day that is none": (
         lambda g: g.update(securityUpdates={"rebootAt": "24:00"}),
         "securityUpdates.rebootAt",
