@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from hostfiles import backup, firewall, grafana, nginx, node_exporter, programs, prometheus
+from hostfiles import backup, firewall, grafana, nginx, node_exporter, programs, prometheus, system
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
 
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/user-data.html
 LIMIT = 16_384
-# Dashboards are large, and of no use before the first bundle.
-_NEVER = grafana.PATHS
+# Of no use before the first bundle.
+_NEVER = (*grafana.PATHS, *system.PATHS)
 # In this order.
 _LEFT_OUT = (
     backup.PATHS,

@@ -1,4 +1,4 @@
-"""What we set of the operating system itself: its journal, its kernel, its security updates.
+"""What we set of the operating system itself: its journal and its security updates.
 
 sshd and ufw have modules of their own.
 """
@@ -11,20 +11,18 @@ from hostfiles.templates import render
 
 # https://www.freedesktop.org/software/systemd/man/latest/journald.conf.html
 JOURNALD = "/etc/systemd/journald.conf.d/federation.conf"
-# https://www.freedesktop.org/software/systemd/man/latest/sysctl.d.html
-SYSCTL = "/etc/sysctl.d/60-federation.conf"
 # Read after the package's own 20auto-upgrades and 50unattended-upgrades.
 # https://manpages.debian.org/trixie/apt/apt.conf.5.en.html
 UPDATES = "/etc/apt/apt.conf.d/60federation"
 UPDATES_DROP_IN = "/etc/systemd/system/apt-daily-upgrade.service.d/federation.conf"
 UPDATES_TIMER = "apt-daily-upgrade.timer"
+PATHS = (JOURNALD, UPDATES, UPDATES_DROP_IN)
 
 
 def files(updates: SecurityUpdates) -> tuple[File, ...]:
     """A file for each."""
     return (
         File(path=JOURNALD, content=render("system/journald.conf.j2")),
-        File(path=SYSCTL, content=render("system/sysctl.conf.j2")),
         File(
             path=UPDATES,
             content=render(
@@ -48,6 +46,5 @@ def units(updates: SecurityUpdates) -> tuple[Unit, ...]:
     wanted = ("/usr/bin/unattended-upgrade", "--help") if updates.install else ()
     return (
         Unit(name="systemd-journald.service", restart_on=(JOURNALD,)),
-        Unit(name="systemd-sysctl.service", restart_on=(SYSCTL,)),
         Unit(name=UPDATES_TIMER, ready=wanted),
     )

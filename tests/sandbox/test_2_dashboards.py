@@ -28,6 +28,8 @@ CHOICES: dict[str, list[dict[str, str]]] = {
     "federation-host": [{"instance": name} for name in (MASTER, SLAVE, *CORE_INSTANCES)],
     "federation-prometheus": [{"instance": MASTER}, {"instance": SLAVE}],
 }
+# Their disk is an overlay in the sandbox, which node_exporter leaves out.
+WITHOUT_DISKS = set(CORE_INSTANCES)
 # Four scrapes of 15 s, as Grafana computes it.
 RATE_INTERVAL = "1m"
 # A counter's rate needs two samples; the first come when the servers have just started.
@@ -68,6 +70,7 @@ def test_every_panel_has_data(sandbox: Sandbox, keys: Keyring, dashboard: str) -
         for query in queries()
         if query.dashboard == dashboard
         for choice in CHOICES[dashboard]
+        if not ("node_filesystem" in query.expression and choice["instance"] in WITHOUT_DISKS)
     }
     empty: list[str] = []
 
