@@ -30,6 +30,7 @@ if chosen.master and master_address:
     master = Master(chosen.master, master_address, slaves, environment)
     pulumi.export("master", master.outputs)
     pulumi.export("masterPassword", password(master.ui.current))
+    pulumi.export("grafanaDataSource", master.grafana_data_source)
     pulumi.export("masterNextPassword", password(master.ui.next))
 
 for slave in slaves:

@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Backup, Release
+from hostfiles.model import Backup, Release, SecurityUpdates
 from job_settings import HostAccess, JobSettings, check_jobs
 from setting_types import (
     Cidr,
@@ -113,6 +113,8 @@ def _one_or_many(value: Any) -> Any:
 
 
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
+Version = Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RotationSettings(Model):
@@ -162,6 +164,30 @@ class BackupSettings(Model):
             keep=self.keep_on_host,
             max_age_days=self.max_age_days,
         )
+
+
+class SecurityUpdateSettings(Model):
+    """Whether hosts install the distribution's security updates by themselves.
+
+    `reboot_at` is a time of day in UTC: a host whose update asks for it restarts then. Without it
+    none does.
+    """
+
+    install: bool = True
+    reboot_at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_to_reboot_for(self) -> SecurityUpdateSettings:
+        if self.reboot_at and not self.install:
+            raise ValueError(
+                f"restarts hosts at {self.reboot_at} for updates that they do not install; leave "
+                "rebootAt out or install away"
+            )
+        return self
+
+    def on_host(self) -> SecurityUpdates:
+        """What the host itself does."""
+        return SecurityUpdates(install=self.install, reboot_at=self.reboot_at)
 
 
 class HostSettings(Model):
@@ -275,25 +301,11 @@ class OtherStack(Model):
     sites: Annotated[tuple[HostLabel, ...], Field(min_length=1)]
 
 
-class MasterSettings(HostSettings):
-    """The master Prometheus of this environment, and what it federates beside its own sites."""
-
-    other_stacks: tuple[OtherStack, ...] = ()
-
-    @field_validator("other_stacks")
-    @classmethod
-    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
-        for name, count in Counter(other.stack for other in stacks).items():
-            if count > 1:
-                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
-        return stacks
-
-
 class ReleaseSettings(Model):
     """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
 
-    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    version: Version
+    sha256: Sha256
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
@@ -302,6 +314,36 @@ class PackageSettings(Model):
 
     # https://www.debian.org/doc/debian-policy/ch-controlfields.html#version
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+~:-]*$")]
+
+
+class GrafanaSettings(Model):
+    """A Grafana on the master. None is pinned: its builds' addresses hold a number of their own.
+
+    Address and sum stand at https://grafana.com/grafana/download (Open Source, Linux binaries).
+    """
+
+    version: Version
+    sha256: Sha256
+    url: Annotated[str, Field(pattern=r"^https?://.+\.tar\.gz$")]
+
+    def release(self) -> Release:
+        """As the host installs it."""
+        return Release(name="grafana", version=self.version, sha256=self.sha256, url=self.url)
+
+
+class MasterSettings(HostSettings):
+    """The master Prometheus of this environment, and what it federates beside its own sites."""
+
+    other_stacks: tuple[OtherStack, ...] = ()
+    grafana: GrafanaSettings | None = None
+
+    @field_validator("other_stacks")
+    @classmethod
+    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
+        for name, count in Counter(other.stack for other in stacks).items():
+            if count > 1:
+                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
+        return stacks
 
 
 class ReleasesSettings(Model):
@@ -327,6 +369,7 @@ class Settings(Model):
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
     protect_data: bool
     backup: BackupSettings
+    security_updates: SecurityUpdateSettings
     retention_time: Duration
     scrape_interval: Duration
     evaluation_interval: Duration

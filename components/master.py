@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pulumi
+import pulumi_random as random
 from pulumi import Input, Output, ResourceOptions
 
-from components.credentials import RotatingCredential, Rotation, password
+from components.credentials import (
+    PASSWORD_LENGTH,
+    RandomCredential,
+    RotatingCredential,
+    Rotation,
+    password,
+)
 from components.environment import Environment
 from components.federation import remote_sites
 from components.firewall import Table, TableOf
@@ -15,11 +23,12 @@ from components.host import Host, HostAddress
 from components.lookups import Network
 from components.node_exporter import monitor
 from components.slave import Slave
-from hostfiles import firewall, master
+from hostfiles import firewall, grafana, master
 from hostfiles.model import MasterSecrets, MasterServer
 from settings import FEDERATION_PORT, UI_PORT, MasterSettings
 
 UI_USER = "prometheus-admin"
+GRAFANA_USER = "grafana"
 
 
 class Master(pulumi.ComponentResource):
@@ -30,6 +39,7 @@ class Master(pulumi.ComponentResource):
 
     host: Host
     ui: RotatingCredential
+    grafana_data_source: str
 
     def __init__(
         self,
@@ -58,20 +68,29 @@ class Master(pulumi.ComponentResource):
         self.ui = RotatingCredential(
             f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
         )
+        # For a Grafana anywhere else: how it asks this master.
+        self.grafana_data_source = grafana.data_source(
+            url=f"https://{address.fqdn}",
+            server_name=address.fqdn,
+            scrape_interval=environment.settings.scrape_interval,
+        )
         server = self.host.server(
             MasterServer,
             external_labels={},
             sites=(*(slave.site for slave in slaves), *(site.site for site in remote)),
             ui_port=UI_PORT,
+            grafana=settings.grafana.release() if settings.grafana else None,
         )
+        grafana_secrets = self._create_grafana_secrets(name) if settings.grafana else {}
         secrets = self.host.secrets(
             MasterSecrets,
-            self.ui,
+            [*self.ui.accepted, *([grafana_secrets["grafana"]] if grafana_secrets else [])],
             site_passwords={
                 **{slave.site.site: password(slave.federation.current) for slave in slaves},
                 **{site.name: site.password for site in remote},
             },
             site_trusts={site.name: site.trust for site in remote},
+            **grafana_secrets,
         )
         self.host.boot(
             server.apply(master.host_files),
@@ -87,6 +106,19 @@ class Master(pulumi.ComponentResource):
             "url": f"https://{self.host.address.fqdn}",
             "user": self.ui.user,
             **self.host.outputs,
+        }
+
+    def _create_grafana_secrets(self, name: str) -> dict[str, Output[Any]]:
+        """As whom Grafana comes in at nginx, and the key of its database."""
+        child_opts = ResourceOptions(parent=self)
+        key = random.RandomPassword(
+            f"{name}-grafana-key", length=PASSWORD_LENGTH, special=False, opts=child_opts
+        )
+        return {
+            "grafana": RandomCredential(
+                f"{name}-grafana", GRAFANA_USER, opts=child_opts
+            ).credential,
+            "grafana_key": Output.secret(key.result),
         }
 
 

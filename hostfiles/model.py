@@ -111,6 +111,14 @@ class Backup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecurityUpdates:
+    """Whether a host installs them by itself, and when (`04:00`) it may restart for one."""
+
+    install: bool = True
+    reboot_at: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
@@ -141,6 +149,7 @@ class Server:
     backup: Backup
     jump_ports: tuple[int, ...] = ()
     nginx_version: str | None = None
+    security_updates: SecurityUpdates = SecurityUpdates()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +163,11 @@ class SlaveServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class MasterServer(Server):
-    """A master and the sites that it federates."""
+    """A master and the sites that it federates. `grafana`: the release of one beside it."""
 
     sites: tuple[FederatedSite, ...]
     ui_port: int
+    grafana: Release | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +225,14 @@ class SiteTrust:
 class MasterSecrets(ServerSecrets):
     """The password by which the master comes in at each site, and the trust of another stack's.
 
-    A site that `site_trusts` does not know is of this stack, and trusts the same CA.
+    A site that `site_trusts` does not know is of this stack, and trusts the same CA. `grafana` is
+    as whom the master's Grafana asks nginx, `grafana_key` what that encrypts its database by.
     """
 
     site_passwords: Mapping[str, str] = field(repr=False)
     site_trusts: Mapping[str, SiteTrust] = field(default_factory=dict)
+    grafana: Credential | None = None
+    grafana_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from hostfiles.duration import milliseconds
 from hostfiles.files import Check, File, Unit
+from hostfiles.grafana import PORT as GRAFANA_PORT
 from hostfiles.model import Credential, MasterServer, Server, ServerSecrets, SlaveServer
 from hostfiles.templates import render
 
@@ -131,6 +132,7 @@ def _configuration(server: Server) -> str:
         "nginx/master.conf.j2",
         **common,
         site="master",
+        grafana_port=GRAFANA_PORT if isinstance(server, MasterServer) and server.grafana else None,
         max_body="64k",
         # Prometheus gives up a query after two minutes.
         read_timeout="125s",
