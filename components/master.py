@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pulumi
+import pulumi_random as random
 from pulumi import Input, Output, ResourceOptions
 
-from components.credentials import RotatingCredential, Rotation, password
+from components.credentials import (
+    PASSWORD_LENGTH,
+    RandomCredential,
+    RotatingCredential,
+    Rotation,
+    password,
+)
 from components.environment import Environment
 from components.firewall import Table, TableOf
+from components.generations import numbered
 from components.host import Host, HostAddress
 from components.lookups import Network
 from components.node_exporter import monitor
 from components.slave import Slave
+from door_settings import HTTPS_PORT
 from hostfiles import firewall, master
 from hostfiles.model import MasterSecrets, MasterServer
 from settings import FEDERATION_PORT, UI_PORT, MasterSettings
 
 UI_USER = "prometheus-admin"
+# As whom nginx comes to what is behind it.
+NGINX_USER = "nginx"
+# oauth2-proxy takes an AES key of this length.
+COOKIE_SECRET_LENGTH = 32
 
 
 class Master(pulumi.ComponentResource):
@@ -28,7 +41,9 @@ class Master(pulumi.ComponentResource):
     """
 
     host: Host
-    ui: RotatingCredential
+    # None where people log in elsewhere.
+    ui: RotatingCredential | None
+    tokens: Mapping[str, Output[str]]
 
     def __init__(
         self,
@@ -50,21 +65,30 @@ class Master(pulumi.ComponentResource):
             environment,
             opts=child_opts,
         )
-        self.ui = RotatingCredential(
-            f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
-        )
+        self._name, self._settings = name, settings
+        self.ui = None
+        if settings.oauth2 is None:
+            self.ui = RotatingCredential(
+                f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
+            )
+        self.tokens = {token: self._create_token(token) for token in settings.tokens}
         server = self.host.server(
             MasterServer,
             external_labels={},
             sites=tuple(slave.site for slave in slaves),
             ui_port=UI_PORT,
+            oauth2=settings.oauth2.public() if settings.oauth2 else None,
+            oauth2_proxy=environment.settings.release("oauth2Proxy"),
         )
         secrets = self.host.secrets(
             MasterSecrets,
-            self.ui,
+            self.ui.accepted if self.ui else [],
             site_passwords={
                 slave.site.site: password(slave.federation.current) for slave in slaves
             },
+            nginx=RandomCredential(f"{name}-nginx", NGINX_USER, opts=child_opts).credential,
+            tokens=self.tokens,
+            **self._create_oauth2_secrets(),
         )
         self.host.boot(
             server.apply(master.host_files),
@@ -78,8 +102,34 @@ class Master(pulumi.ComponentResource):
         """What a person needs to know of the master."""
         return {
             "url": f"https://{self.host.address.fqdn}",
-            "user": self.ui.user,
+            **({"user": self.ui.user} if self.ui else {}),
             **self.host.outputs,
+        }
+
+    def _create_token(self, token: str) -> Output[str]:
+        """A program's token. Its name is in it: who finds one somewhere knows which to revoke."""
+        made = random.RandomPassword(
+            f"{self._name}-token-{token}-password",
+            length=PASSWORD_LENGTH,
+            special=False,
+            opts=ResourceOptions(parent=self),
+        )
+        return Output.secret(Output.concat(token, "_", made.result))
+
+    def _create_oauth2_secrets(self) -> dict[str, Output[str]]:
+        oauth2 = self._settings.oauth2
+        if oauth2 is None:
+            return {}
+        # Another one ends every session.
+        cookie = random.RandomPassword(
+            f"{numbered(f'{self._name}-cookie', self._settings.rotation.password)}-password",
+            length=COOKIE_SECRET_LENGTH,
+            special=False,
+            opts=ResourceOptions(parent=self),
+        )
+        return {
+            "client_secret": Output.secret(oauth2.client_secret.get_secret_value()),
+            "cookie_secret": Output.secret(cookie.result),
         }
 
 
@@ -94,6 +144,8 @@ def _table(settings: MasterSettings, environment: Environment) -> TableOf:
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
+            provider_cidrs=settings.oauth2.cidrs if settings.oauth2 else (),
+            provider_port=settings.oauth2.port if settings.oauth2 else HTTPS_PORT,
         )
 
     return with_network

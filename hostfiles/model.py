@@ -151,11 +151,33 @@ class SlaveServer(Server):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OAuth2:
+    """The provider at which people log in, and who of them may come in.
+
+    `ca` verifies the provider: a PEM text, or `system`. An empty `scope` is oauth2-proxy's own.
+    """
+
+    issuer: str
+    client_id: str
+    allowed_groups: tuple[str, ...]
+    email_domains: tuple[str, ...]
+    scope: str
+    ca: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MasterServer(Server):
-    """A master and the sites that it federates."""
+    """A master and the sites that it federates.
+
+    With `oauth2` people log in there, by the release `oauth2_proxy`; without it by a password.
+    `alertmanager`: nginx serves the one on loopback at /alertmanager/.
+    """
 
     sites: tuple[FederatedSite, ...]
     ui_port: int
+    oauth2: OAuth2 | None = None
+    oauth2_proxy: Release
+    alertmanager: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +220,17 @@ class ServerSecrets:
 
 @dataclass(frozen=True, kw_only=True)
 class MasterSecrets(ServerSecrets):
-    """The password by which the master comes in at each site."""
+    """The password by which the master comes in at each site, and what its door needs.
+
+    `nginx` is as whom nginx comes to what is behind it, whoever came to nginx. `tokens` are those
+    of programs, by name; `client_secret` and `cookie_secret` are oauth2-proxy's.
+    """
 
     site_passwords: Mapping[str, str] = field(repr=False)
+    nginx: Credential
+    tokens: Mapping[str, str] = field(repr=False)
+    client_secret: str = field(default="", repr=False)
+    cookie_secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

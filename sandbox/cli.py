@@ -18,6 +18,7 @@ import pulumi
 from rich.console import Console
 from rich.table import Table
 
+from hostfiles.model import Release
 from sandbox import host, image, machine, releases, snapshots, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
@@ -157,16 +158,23 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _wanted(project: Project) -> dict[str, Release]:
+    """The releases that these settings use, by their keys."""
+    master = project.config.get(f"{project.name}:master") or {}
+    return {key: pin for key, pin in RELEASES.items() if key != "oauth2Proxy" or "oauth2" in master}
+
+
 def _converge(
     plan: Plan, project: Project, given: World, steps: Steps
 ) -> tuple[Changes, State, Mapping[str, Any], Mapping[str, LocalRelease]]:
+    wanted = _wanted(project)
     with ThreadPoolExecutor() as side_by_side:
         fetching = side_by_side.submit(
             releases.ensure_releases,
             steps,
             [
                 Pin(name=r.name, version=r.version, url=r.url, sha256=r.sha256)
-                for r in RELEASES.values()
+                for r in wanted.values()
             ],
         )
         base = image.ensure_image(steps)
@@ -178,10 +186,10 @@ def _converge(
                 "sha256": local[pin.name].sha256,
                 "url": local[pin.name].url,
             }
-            for key, pin in RELEASES.items()
+            for key, pin in wanted.items()
         } | dict(project.config.get(f"{project.name}:releases", {}))
         config = {**project.config, f"{project.name}:releases": chosen}
-        for key, pin in RELEASES.items():
+        for key, pin in wanted.items():
             if chosen[key]["sha256"] != local[pin.name].sha256:
                 local[pin.name] = replace(
                     local[pin.name], version=chosen[key]["version"], origin="as the settings say"
