@@ -234,10 +234,7 @@ def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
         "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in hosts),
     }
     if "master" in known:
-        files["master.curl"] = (
-            f'user = "{known["master"]["user"]}:{known["masterPassword"]}"\n'
-            f'cacert = "{folder / "ca.pem"}"\n'
-        )
+        files["master.curl"] = f'{_login(known)}cacert = "{folder / "ca.pem"}"\n'
     for name, content in files.items():
         path = folder / name
         if not path.exists() or path.read_text() != content:
@@ -249,6 +246,14 @@ def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
     plan.state_dir.chmod(0o711)
     for path in (folder, *folder.iterdir()):
         os.chown(path, int(os.environ.get("SUDO_UID", "0")), int(os.environ.get("SUDO_GID", "0")))
+
+
+def _login(known: Mapping[str, Any]) -> str:
+    """How curl comes in at the master: by the password, or else by the first token if any."""
+    if "masterPassword" in known:
+        return f'user = "{known["master"]["user"]}:{known["masterPassword"]}"\n'
+    tokens = list(known["masterTokens"].values())
+    return "".join(f'header = "Authorization: Bearer {token}"\n' for token in tokens[:1])
 
 
 def _show(plan: Plan, console: Console) -> bool:
@@ -287,11 +292,13 @@ def _tell_master(plan: Plan, state: State, console: Console) -> None:
     folder, address = plan.state_dir / "outputs", master["publicIp"]
     try:
         pages = MasterApi.of(state.outputs).has_pages()
-    except httpx.HTTPError:
+    except (httpx.HTTPError, SandboxError):
         pages = False
     lines = [
         f"query     curl -K {folder / 'master.curl'} 'https://{address}/api/v1/query?query=up'",
-        f"user      {master['user']}, password in {folder / 'master.curl'}",
+        f"user      {master['user']}, password in {folder / 'master.curl'}"
+        if "user" in master
+        else "user      people log in at the provider of the settings",
         f"shell     make ssh NAME={master['host'].partition('.')[0]}",
     ]
     if pages:
