@@ -17,6 +17,7 @@ from hostfiles import (
     backup,
     firewall,
     nginx,
+    nginx_package,
     node_exporter,
     oauth2_proxy,
     programs,
@@ -29,7 +30,7 @@ from hostfiles.releases import install_command
 LIMIT = 16_384
 # In this order.
 _LEFT_OUT = (
-    (*backup.PATHS, *oauth2_proxy.PATHS),
+    (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )
