@@ -6,6 +6,7 @@ import pulumi
 from pulumi import Output
 
 import settings
+from components import federation
 from components.backup import Backups
 from components.credentials import password
 from components.environment import make_environment
@@ -28,8 +29,11 @@ master = None
 if chosen.master and master_address:
     master = Master(chosen.master, master_address, slaves, environment)
     pulumi.export("master", master.outputs)
-    pulumi.export("masterPassword", password(master.ui.current))
-    pulumi.export("masterNextPassword", password(master.ui.next))
+    pulumi.export("masterTokens", master.tokens)
+    pulumi.export("grafanaDataSource", master.grafana_data_source)
+    if master.ui:
+        pulumi.export("masterPassword", password(master.ui.current))
+        pulumi.export("masterNextPassword", password(master.ui.next))
 
 for slave in slaves:
     slave.boot(master)
@@ -43,3 +47,4 @@ if chosen.existing_master:
     existing = ExistingMaster(chosen.existing_master, slaves, environment)
     pulumi.export("existingMasterCertificate", existing.leaf.apply(lambda leaf: leaf.certificate))
     pulumi.export("existingMasterKey", existing.leaf.apply(lambda leaf: leaf.key))
+    federation.export(slaves, existing.leaf, environment)

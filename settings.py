@@ -29,8 +29,9 @@ from pydantic import (
 )
 
 from alerting_settings import AlertingSettings
+from door_settings import OAuth2Settings, TokenName
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Backup, Release
+from hostfiles.model import Backup, Release, SecurityUpdates
 from job_settings import HostAccess, JobSettings, check_jobs
 from setting_types import (
     Cidr,
@@ -51,8 +52,12 @@ UI_PORT = 443
 
 
 def _official(name: str, version: str, sha256: str) -> Release:
-    tarball = f"v{version}/{name}-{version}.linux-amd64.tar.gz"
-    url = f"https://github.com/prometheus/{name}/releases/download/{tarball}"
+    # oauth2-proxy has a `v` in the file's name, too.
+    owner, tag = (
+        ("oauth2-proxy", f"v{version}") if name == "oauth2-proxy" else ("prometheus", version)
+    )
+    tarball = f"{name}-{tag}.linux-amd64.tar.gz"
+    url = f"https://github.com/{owner}/{name}/releases/download/v{version}/{tarball}"
     return Release(name=name, version=version, sha256=sha256, url=url)
 
 
@@ -69,6 +74,9 @@ RELEASES = {
     "alertmanager": _official(
         "alertmanager", "0.34.0", "19c75a11d8c03dc4ade7abdbddfb3a8f28c9e7b000d0849cda0cd71dffd74a03"
     ),
+    "oauth2Proxy": _official(
+        "oauth2-proxy", "7.15.4", "4fbe902189aab713d9c0519b90a645032d4636ecb523dc36f5cc312d8ebef1e2"
+    ),
 }
 
 # Memory of EC2's families at size `large`, in MiB; each other size is a multiple of it.
@@ -78,7 +86,7 @@ _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large
 
 # Keys, at any depth, whose values no error shows.
 _SECRET_KEYS = frozenset(
-    {"password", "nextPassword", "privateKey", "key", "credentials", "global", "receivers"}
+    "password nextPassword privateKey key credentials clientSecret global receivers".split()
 )
 
 
@@ -119,6 +127,8 @@ def _one_or_many(value: Any) -> Any:
 
 
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
+Version = Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RotationSettings(Model):
@@ -168,6 +178,30 @@ class BackupSettings(Model):
             keep=self.keep_on_host,
             max_age_days=self.max_age_days,
         )
+
+
+class SecurityUpdateSettings(Model):
+    """Whether hosts install the distribution's security updates by themselves.
+
+    `reboot_at` is a time of day in UTC: a host whose update asks for it restarts then. Without it
+    none does.
+    """
+
+    install: bool = True
+    reboot_at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_to_reboot_for(self) -> SecurityUpdateSettings:
+        if self.reboot_at and not self.install:
+            raise ValueError(
+                f"restarts hosts at {self.reboot_at} for updates that they do not install; leave "
+                "rebootAt out or install away"
+            )
+        return self
+
+    def on_host(self) -> SecurityUpdates:
+        """What the host itself does."""
+        return SecurityUpdates(install=self.install, reboot_at=self.reboot_at)
 
 
 class HostSettings(Model):
@@ -270,16 +304,82 @@ class SlaveSettings(HostSettings):
     sample_limit: Annotated[int, Field(ge=1)] = 200_000
 
 
-class MasterSettings(HostSettings):
-    """The master Prometheus of this environment."""
+class OtherStack(Model):
+    """Sites of another stack of this program. They are named, as each is a rule of the firewall.
+
+    `stack` is what a StackReference takes: `dublin-prod`, or with organisation and project.
+    https://www.pulumi.com/docs/iac/concepts/stacks/#stackreferences
+    """
+
+    stack: Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+$")]
+    sites: Annotated[tuple[HostLabel, ...], Field(min_length=1)]
 
 
 class ReleaseSettings(Model):
     """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
 
-    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    version: Version
+    sha256: Sha256
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+
+
+class PackageSettings(Model):
+    """Another version of a distribution's package than the one that it has."""
+
+    # https://www.debian.org/doc/debian-policy/ch-controlfields.html#version
+    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+~:-]*$")]
+
+
+class GrafanaSettings(Model):
+    """A Grafana on the master. None is pinned: its builds' addresses hold a number of their own.
+
+    Address and sum stand at https://grafana.com/grafana/download (Open Source, Linux binaries).
+    """
+
+    version: Version
+    sha256: Sha256
+    url: Annotated[str, Field(pattern=r"^https?://.+\.tar\.gz$")]
+
+    def release(self) -> Release:
+        """As the host installs it."""
+        return Release(name="grafana", version=self.version, sha256=self.sha256, url=self.url)
+
+
+class MasterSettings(HostSettings):
+    """The master Prometheus of this environment, and what it federates beside its own sites.
+
+    People come in by `oauth2`, or else by one password; programs by the tokens that are named here.
+    """
+
+    other_stacks: tuple[OtherStack, ...] = ()
+    oauth2: OAuth2Settings | None = None
+    tokens: tuple[TokenName, ...] = ()
+    grafana: GrafanaSettings | None = None
+
+    @field_validator("other_stacks")
+    @classmethod
+    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
+        for name, count in Counter(other.stack for other in stacks).items():
+            if count > 1:
+                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
+        return stacks
+
+    @field_validator("tokens")
+    @classmethod
+    def _each_token_once(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        for token, count in Counter(tokens).items():
+            if count > 1:
+                raise ValueError(f"names {token} {count} times; give each program its own")
+        return tokens
+
+    @model_validator(mode="after")
+    def _one_way_for_people(self) -> MasterSettings:
+        if self.oauth2 is not None and (self.password or self.next_password):
+            raise ValueError(
+                "has both oauth2 and a password, and with oauth2 nobody comes in by password; "
+                "take out password and nextPassword"
+            )
+        return self
 
 
 class ReleasesSettings(Model):
@@ -288,6 +388,8 @@ class ReleasesSettings(Model):
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
     alertmanager: ReleaseSettings | None = None
+    oauth2_proxy: Annotated[ReleaseSettings | None, Field(alias="oauth2Proxy")] = None
+    nginx: PackageSettings | None = None
 
 
 class Settings(Model):
@@ -305,6 +407,7 @@ class Settings(Model):
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
     protect_data: bool
     backup: BackupSettings
+    security_updates: SecurityUpdateSettings
     retention_time: Duration
     scrape_interval: Duration
     evaluation_interval: Duration
@@ -352,6 +455,20 @@ class Settings(Model):
         return self
 
     @model_validator(mode="after")
+    def _sites_have_names_of_their_own(self) -> Settings:
+        stacks = self.master.other_stacks if self.master else ()
+        others = [(site, other.stack) for other in stacks for site in other.sites]
+        where = [(slave.site, "slaves") for slave in self.slaves] + others
+        for site, count in Counter(site for site, _ in where).items():
+            if count > 1:
+                found = ", ".join(place for name, place in where if name == site)
+                raise ValueError(
+                    f"master.otherStacks makes {count} sites named {site!r} ({found}); the master "
+                    "knows a site by its name alone, so rename it in one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _servers_are_nothing_else(self) -> Settings:
         servers = [*self.slaves, *([self.master] if self.master else [])]
         names = {self.fqdn(server) for server in servers}
@@ -384,10 +501,17 @@ class Settings(Model):
         """A host's name in the zone."""
         return f"{host.host}.{self.zone}"
 
-    def release(self, key: Literal["prometheus", "nodeExporter", "alertmanager"]) -> Release:
+    def release(
+        self, key: Literal["prometheus", "nodeExporter", "alertmanager", "oauth2Proxy"]
+    ) -> Release:
         """The release of a program: the pinned one unless the settings name another."""
         pinned = RELEASES[key]
-        chosen: ReleaseSettings | None = getattr(self.releases, pinned.name)
+        chosen: ReleaseSettings | None = {
+            "prometheus": self.releases.prometheus,
+            "nodeExporter": self.releases.node_exporter,
+            "alertmanager": self.releases.alertmanager,
+            "oauth2Proxy": self.releases.oauth2_proxy,
+        }[key]
         if chosen is None:
             return pinned
         official = _official(pinned.name, chosen.version, chosen.sha256)
@@ -396,6 +520,11 @@ class Settings(Model):
     def notifications(self) -> tuple[tuple[int, str], ...]:
         """Ports and networks (CIDR) of receivers that firewalls let hosts reach."""
         return self.alerting.destinations() if self.alerting else ()
+
+    @property
+    def nginx_version(self) -> str | None:
+        """The version of nginx's package; None for the distribution's."""
+        return self.releases.nginx.version if self.releases.nginx else None
 
     def rule_file_contents(self) -> dict[str, str]:
         """The rule files by the name they have on a host."""

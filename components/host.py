@@ -27,7 +27,7 @@ from components.lookups import IMAGES
 from components.pki import LeafArgs, LeafCertificate
 from hostfiles import bundle, cloud_init
 from hostfiles.files import File, HostFiles
-from hostfiles.model import Server, ServerSecrets
+from hostfiles.model import Credential, Server, ServerSecrets
 from hostfiles.prometheus import LOCAL_USER
 from settings import HostSettings
 
@@ -173,6 +173,9 @@ class Host(pulumi.ComponentResource):
             stdin=Output.secret(permanent.private_key_openssh),
             timeout=FIRST_CONTACT_TIMEOUT,
             depends_on=[*attached, self.firewall],
+            # The key of first contact is gone from the host: with a renewed operators' key this
+            # would dial in vain. A new instance replaces the command, and then nothing is ignored.
+            ignore_changes=["connection"],
         )
         self.delivered = self._create_command(
             "bundle",
@@ -187,7 +190,7 @@ class Host(pulumi.ComponentResource):
         )
         self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
 
-    def server(self, kind: type[S], **special: Any) -> Output[S]:
+    def server(self, kind: type[S], **special: Input[Any]) -> Output[S]:
         """What the renderers need to know of this machine, with what is special to its kind."""
         settings = self._environment.settings
         alerting = settings.alerting
@@ -197,6 +200,7 @@ class Host(pulumi.ComponentResource):
             ca_not_after=self._environment.authority.not_after,
             operator_keys=self._environment.operator_keys,
             rules=self.firewall.rules,
+            **special,
         ).apply(
             lambda known: kind(
                 fqdn=self.address.fqdn,
@@ -204,23 +208,27 @@ class Host(pulumi.ComponentResource):
                 volume_gib=settings.volume_gib_of(self._host),
                 prometheus=settings.release("prometheus"),
                 node_exporter=settings.release("nodeExporter"),
+                nginx_version=settings.nginx_version,
                 jobs=tuple(job.job() for job in self._host.jobs),
                 scrape_interval=settings.scrape_interval,
                 evaluation_interval=settings.evaluation_interval,
                 retention_time=settings.retention_time,
                 rule_files=settings.rule_file_contents(),
                 backup=settings.backup.on_host(),
+                security_updates=settings.security_updates.on_host(),
                 jump_ports=self._host.jump_ports,
                 alerting=alerting.alerting(settings.release("alertmanager")) if alerting else None,
                 **known,
-                **special,
             )
         )
 
     def secrets(
-        self, kind: type[T], remote: RotatingCredential, **special: Input[Any]
+        self, kind: type[T], remote: Sequence[Output[Credential]], **special: Input[Any]
     ) -> Output[T]:
-        """The secrets of this machine, with what is special to its kind."""
+        """The secrets of this machine, with what is special to its kind.
+
+        `remote` are the users that come in from elsewhere.
+        """
         alerting, leaf = self._environment.settings.alerting, self._leaves.alertmanager
         return Output.secret(
             Output.all(
@@ -232,7 +240,7 @@ class Host(pulumi.ComponentResource):
                 jobs={job.name: job.secrets() for job in self._host.jobs},
                 alertmanager_leaf=leaf.leaf if leaf else None,
                 alerting=alerting.secrets() if alerting else {},
-                remote=remote.accepted,
+                remote=remote,
                 **special,
             ).apply(lambda known: kind(**known))
         )
@@ -472,6 +480,7 @@ class Host(pulumi.ComponentResource):
         stdin: Output[str],
         timeout: str,
         depends_on: list[pulumi.Resource],
+        ignore_changes: list[str] | None = None,
     ) -> command.remote.Command:
         return command.remote.Command(
             f"{self._name}-{purpose}",
@@ -494,6 +503,7 @@ class Host(pulumi.ComponentResource):
             opts=ResourceOptions(
                 parent=self,
                 depends_on=depends_on,
+                ignore_changes=ignore_changes,
                 additional_secret_outputs=["stdout", "stderr"],
                 custom_timeouts=CustomTimeouts(create=timeout, update=timeout),
             ),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import yaml
 
+from hostfiles import nginx
 from hostfiles.curl import curl_config
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Alerting, Credential, MasterServer, Server, ServerSecrets
@@ -25,6 +26,8 @@ PORT = 9093
 # Of its pages, as nginx on the master serves them.
 PATH = "/alertmanager"
 SERVICE = "/etc/systemd/system/alertmanager.service"
+# Of no use before the first bundle.
+PATHS = (SERVICE, f"{FOLDER}/")
 # It holds what fires and what is silenced. The share of memory is Go's, as for Prometheus.
 MEMORY_MIB = 96
 GO_MEMORY_SHARE = 0.8
@@ -70,12 +73,18 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
                 certificate="tls/alertmanager.crt",
                 key="tls/alertmanager.key",
                 ca="tls/ca.pem",
-                users=[secrets.local],
+                users=[*nginx.upstream_users(secrets), secrets.local],
             ),
         ),
         *_curl(server, secrets.local),
         *(_secret(path, content) for path, content in sorted(secrets.alerting.items())),
     )
+
+
+def certificate_ends(secrets: ServerSecrets) -> dict[str, int]:
+    """When its certificate ends, in Unix seconds, by path."""
+    leaf = secrets.alertmanager_leaf
+    return {CERTIFICATE: leaf.not_after} if leaf else {}
 
 
 def checks(server: Server) -> tuple[Check, ...]:

@@ -119,6 +119,14 @@ class Alerting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecurityUpdates:
+    """Whether a host installs them by itself, and when (`04:00`) it may restart for one."""
+
+    install: bool = True
+    reboot_at: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
@@ -126,8 +134,9 @@ class Server:
     first that ends, in Unix seconds. `operator_keys` are the public SSH keys that may log in, a
     line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
-    `jump_ports` are the SSH ports of hosts that are reached through this server. Without
-    `alerting` rules are evaluated, and nobody is told.
+    `jump_ports` are the SSH ports of hosts that are reached through this server. `nginx_version` is
+    that of the distribution's package, or None: whichever the distribution has. Without `alerting`
+    rules are evaluated, and nobody is told.
     """
 
     fqdn: str
@@ -149,6 +158,8 @@ class Server:
     backup: Backup
     jump_ports: tuple[int, ...] = ()
     alerting: Alerting | None = None
+    nginx_version: str | None = None
+    security_updates: SecurityUpdates = SecurityUpdates()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +172,34 @@ class SlaveServer(Server):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OAuth2:
+    """The provider at which people log in, and who of them may come in.
+
+    `ca` verifies the provider: a PEM text, or `system`. An empty `scope` is oauth2-proxy's own.
+    """
+
+    issuer: str
+    client_id: str
+    allowed_groups: tuple[str, ...]
+    email_domains: tuple[str, ...]
+    scope: str
+    ca: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MasterServer(Server):
-    """A master and the sites that it federates."""
+    """A master and the sites that it federates.
+
+    With `oauth2` people log in there, by the release `oauth2_proxy`; without it by a password.
+    `alertmanager`: nginx serves the one on loopback at /alertmanager/. `grafana`: the release of
+    one beside it.
+    """
 
     sites: tuple[FederatedSite, ...]
     ui_port: int
+    oauth2: OAuth2 | None = None
+    oauth2_proxy: Release
+    grafana: Release | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +244,35 @@ class ServerSecrets:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteTrust:
+    """What a site of another stack is known by, and the certificate that it lets in.
+
+    `ca_bundle` is the PEM of every CA that its stack trusts, `ca_not_after` the end of the first
+    that ends, in Unix seconds; `leaf` is signed by one of them.
+    """
+
+    ca_bundle: str
+    ca_not_after: int
+    leaf: Leaf
+
+
+@dataclass(frozen=True, kw_only=True)
 class MasterSecrets(ServerSecrets):
-    """The password by which the master comes in at each site."""
+    """The password by which the master comes in at each site, and what its door needs.
+
+    A site that `site_trusts` does not know is of this stack, and trusts the same CA. `nginx` is as
+    whom nginx comes to what is behind it, whoever came to nginx. `tokens` are those of programs, by
+    name; `client_secret` and `cookie_secret` are oauth2-proxy's; by `grafana_key` the master's
+    Grafana encrypts its database.
+    """
 
     site_passwords: Mapping[str, str] = field(repr=False)
+    site_trusts: Mapping[str, SiteTrust] = field(default_factory=dict)
+    nginx: Credential
+    tokens: Mapping[str, str] = field(repr=False)
+    client_secret: str = field(default="", repr=False)
+    cookie_secret: str = field(default="", repr=False)
+    grafana_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import alertmanager, backup, node_exporter, prometheus, watch
+from hostfiles import alertmanager, backup, nginx, node_exporter, prometheus, watch
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -54,7 +54,7 @@ def checks(server: Server) -> tuple[Check, ...]:
     """systemd reads the units, and finds the programs that they start."""
     units = (
         # Not data-volume.service: its program may be in this very bundle, not yet in place.
-        *(prometheus.SERVICE, node_exporter.SERVICE),
+        *(prometheus.SERVICE, node_exporter.SERVICE, nginx.PACKAGE_SERVICE),
         *(backup.SERVICE, backup.TIMER, watch.SERVICE, watch.TIMER),
         *([alertmanager.SERVICE] if server.alerting else []),
     )

@@ -8,10 +8,12 @@ from hostfiles import (
     certificates,
     firewall,
     nginx,
+    nginx_package,
     node_exporter,
     programs,
     prometheus,
     sshd,
+    system,
     watch,
 )
 from hostfiles.files import Check, File, HostFiles
@@ -21,7 +23,7 @@ from hostfiles.web_config import web_config
 
 # e2fsprogs is part of every cloud image, but not of every image.
 # node_exporter asks systemd through dbus.
-PACKAGES = ("curl", "dbus", "e2fsprogs", "nginx", "ufw")
+PACKAGES = ("curl", "dbus", "e2fsprogs", "nginx", "ufw", "unattended-upgrades")
 
 
 def host_files(server: Server) -> HostFiles:
@@ -35,8 +37,10 @@ def host_files(server: Server) -> HostFiles:
             *watch.files(server),
             *node_exporter.files(server),
             *nginx.files(server),
+            *nginx_package.files(server),
             *firewall.files(server.rules),
             *sshd.files(server),
+            *system.files(server.security_updates),
         ),
         checks=(
             *prometheus.checks(server),
@@ -44,18 +48,22 @@ def host_files(server: Server) -> HostFiles:
             *alertmanager.checks(server),
             *node_exporter.checks(server),
             *nginx.CHECKS,
+            *nginx_package.checks(server),
             *firewall.CHECKS,
             *sshd.CHECKS,
+            *system.CHECKS,
             *programs.checks(server),
         ),
         # The firewall first: nothing starts to listen before it stands.
         units=(
             firewall.UNIT,
             sshd.UNIT,
+            *system.units(server.security_updates),
             programs.DATA_VOLUME_UNIT,
             *([alertmanager.UNIT] if server.alerting else []),
             prometheus.UNIT,
             node_exporter.UNIT,
+            nginx_package.UNIT,
             nginx.unit(server),
             backup.UNIT,
             watch.UNIT,
@@ -79,24 +87,19 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
                 certificate="tls/prometheus.crt",
                 key="tls/prometheus.key",
                 ca="tls/ca.pem",
-                users=[*secrets.remote, secrets.local],
+                users=[*nginx.upstream_users(secrets), secrets.local],
             ),
             group=prometheus.GROUP,
             mode=0o640,
             secret=True,
         ),
         *node_exporter.secret_files(server, secrets),
-        *nginx.secret_files(secrets),
+        *nginx.secret_files(server, secrets),
         *alertmanager.secret_files(server, secrets),
         certificates.metrics(
             {
-                **(
-                    {alertmanager.CERTIFICATE: secrets.alertmanager_leaf.not_after}
-                    if secrets.alertmanager_leaf
-                    else {}
-                ),
-                f"{prometheus.FOLDER}/tls/ca.pem": server.ca_not_after,
-                f"{prometheus.FOLDER}/tls/prometheus.crt": secrets.prometheus_leaf.not_after,
+                **prometheus.certificate_ends(server, secrets),
+                **alertmanager.certificate_ends(secrets),
                 f"{nginx.FOLDER}/tls/server.crt": secrets.nginx_leaf.not_after,
                 node_exporter.CERTIFICATE: secrets.node_exporter_leaf.not_after,
             }

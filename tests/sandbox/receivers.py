@@ -13,7 +13,6 @@ import email.policy
 import hmac
 import http.server
 import json
-import os
 import ssl
 import sys
 import threading
@@ -23,6 +22,8 @@ from typing import Any
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult, Envelope, LoginPassword
 
+from tests.sandbox.attacker import server_context
+
 WEB_PORT, MAIL_PORT = 8443, 587
 USER = "alerts"
 
@@ -30,15 +31,6 @@ USER = "alerts"
 def _tell(**what: Any) -> None:
     sys.stdout.write(json.dumps({"at": time.time(), **what}) + "\n")
     sys.stdout.flush()
-
-
-def _context(certificate: str, key: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    files = [os.memfd_create(part) for part in ("certificate", "key")]
-    for file, content in zip(files, (certificate, key), strict=True):
-        os.write(file, content.encode())
-    context.load_cert_chain(*(f"/proc/self/fd/{file}" for file in files))
-    return context
 
 
 def _web(context: ssl.SSLContext, token: str) -> None:
@@ -112,7 +104,7 @@ def _mail(context: ssl.SSLContext, password: str) -> Controller:
 
 def _main() -> None:
     order = json.loads(sys.stdin.readline())
-    context = _context(order["certificate"], order["key"])
+    context = server_context(order["certificate"], order["key"])
     _web(context, order["token"])
     mail = _mail(context, order["password"])
     _tell(listening=True)

@@ -24,7 +24,7 @@ import pytest
 from sandbox import host, network
 from sandbox.plan import NETNS_DIR
 from tests.sandbox import receivers
-from tests.sandbox.conftest import Sandbox
+from tests.sandbox.conftest import ROOT, Sandbox
 from tests.sandbox.keyring import Keyring, forge_authority, issue
 from tests.sandbox.probe import Door, Request, ask
 
@@ -122,7 +122,11 @@ def listener(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iter
     before = {key: sandbox.config.get(f"prometheus-federation:{key}") for key in CHANGED}
     with log.open("w") as out:
         process = subprocess.Popen(
-            ["nsenter", f"--net={NETNS_DIR / namespace}", sys.executable, receivers.__file__],
+            [
+                *("nsenter", f"--net={NETNS_DIR / namespace}"),
+                *(sys.executable, "-m", receivers.__name__),
+            ],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=out,
             text=True,
