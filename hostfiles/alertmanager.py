@@ -9,10 +9,16 @@ from collections.abc import Iterator
 
 import yaml
 
-from hostfiles import nginx
 from hostfiles.curl import curl_config
 from hostfiles.files import Check, File, Unit
-from hostfiles.model import Alerting, Credential, MasterServer, Server, ServerSecrets
+from hostfiles.model import (
+    Alerting,
+    Credential,
+    MasterSecrets,
+    MasterServer,
+    Server,
+    ServerSecrets,
+)
 from hostfiles.releases import directory
 from hostfiles.templates import render
 from hostfiles.web_config import web_config
@@ -64,6 +70,8 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
     if secrets.alertmanager_leaf is None:
         raise ValueError(f"{server.fqdn} has an Alertmanager and no certificate for it")
     leaf = secrets.alertmanager_leaf
+    # Whoever federates a slave has nothing to do with its Alertmanager.
+    nginx = (secrets.nginx,) if isinstance(secrets, MasterSecrets) else ()
     return (
         File(path=CERTIFICATE, content=leaf.certificate),
         _secret(f"{FOLDER}/tls/alertmanager.key", leaf.key),
@@ -73,7 +81,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
                 certificate="tls/alertmanager.crt",
                 key="tls/alertmanager.key",
                 ca="tls/ca.pem",
-                users=[*nginx.upstream_users(secrets), secrets.local],
+                users=[*nginx, secrets.local],
             ),
         ),
         *_curl(server, secrets.local),
