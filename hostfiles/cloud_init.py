@@ -13,7 +13,17 @@ from typing import Any
 
 import yaml
 
-from hostfiles import backup, firewall, grafana, nginx, node_exporter, programs, prometheus, system
+from hostfiles import (
+    backup,
+    firewall,
+    grafana,
+    nginx,
+    nginx_package,
+    node_exporter,
+    programs,
+    prometheus,
+    system,
+)
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
 
@@ -23,7 +33,7 @@ LIMIT = 16_384
 _NEVER = (*grafana.PATHS, *system.PATHS)
 # In this order.
 _LEFT_OUT = (
-    backup.PATHS,
+    (*backup.PATHS, *nginx_package.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )

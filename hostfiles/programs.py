@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import backup, node_exporter, prometheus
+from hostfiles import backup, nginx, node_exporter, prometheus
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -54,6 +54,7 @@ CHECKS = (
             f"{{tree}}{node_exporter.SERVICE}",
             f"{{tree}}{backup.SERVICE}",
             f"{{tree}}{backup.TIMER}",
+            f"{{tree}}{nginx.PACKAGE_SERVICE}",
         ),
     ),
 )

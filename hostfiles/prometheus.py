@@ -341,17 +341,42 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
     """A master's federate jobs, a file for each site, and the passwords they send."""
     if not isinstance(server, MasterServer):
         return
-    passwords = secrets.site_passwords if isinstance(secrets, MasterSecrets) else {}
+    known = secrets if isinstance(secrets, MasterSecrets) else None
+    passwords, trusts = (known.site_passwords, known.site_trusts) if known else ({}, {})
     sites = {site.site: site for site in server.sites}
     if set(sites) != set(passwords):
         raise ValueError(f"sites {sorted(sites)} have passwords for {sorted(passwords)}")
     for name, site in sorted(sites.items()):
         path = password_file(f"federate-{name}", passwords[name])
         yield _secret(path, passwords[name])
+        job = federate_job(site, path)
+        if name in trusts:
+            tls, trust = f"tls/federate/{name}", trusts[name]
+            job["tls_config"] |= {
+                "ca_file": f"../{tls}-ca.pem",
+                "cert_file": f"../{tls}.crt",
+                "key_file": f"../{tls}.key",
+            }
+            yield File(path=f"{FOLDER}/{tls}-ca.pem", content=trust.ca_bundle)
+            yield File(path=f"{FOLDER}/{tls}.crt", content=trust.leaf.certificate)
+            yield _secret(f"{tls}.key", trust.leaf.key)
         yield File(
             path=f"{FOLDER}/federate.d/{name}.yml",
-            content=_dump({"scrape_configs": [federate_job(site, path)]}),
+            content=_dump({"scrape_configs": [job]}),
         )
+
+
+def certificate_ends(server: Server, secrets: ServerSecrets) -> dict[str, int]:
+    """When the certificates that Prometheus reads end, in Unix seconds, by path."""
+    ends = {
+        "ca.pem": server.ca_not_after,
+        "prometheus.crt": secrets.prometheus_leaf.not_after,
+    }
+    if isinstance(secrets, MasterSecrets):
+        for name, trust in secrets.site_trusts.items():
+            ends[f"federate/{name}-ca.pem"] = trust.ca_not_after
+            ends[f"federate/{name}.crt"] = trust.leaf.not_after
+    return {f"{FOLDER}/tls/{path}": end for path, end in ends.items()}
 
 
 def _curl(server: Server, secrets: ServerSecrets, port: int, path: str, method: str = "GET") -> str:
