@@ -222,7 +222,10 @@ class Host(pulumi.ComponentResource):
     def secrets(
         self, kind: type[T], remote: Sequence[Output[Credential]], **special: Input[Any]
     ) -> Output[T]:
-        """The secrets of this machine, with what is special to its kind."""
+        """The secrets of this machine, with what is special to its kind.
+
+        `remote` are the users that come in from elsewhere.
+        """
         return Output.secret(
             Output.all(
                 prometheus_leaf=self._leaves.prometheus.leaf,

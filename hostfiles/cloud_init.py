@@ -20,6 +20,7 @@ from hostfiles import (
     nginx,
     nginx_package,
     node_exporter,
+    oauth2_proxy,
     programs,
     prometheus,
     system,
@@ -33,7 +34,7 @@ LIMIT = 16_384
 _NEVER = (*grafana.PATHS, *system.PATHS)
 # In this order.
 _LEFT_OUT = (
-    (*backup.PATHS, *nginx_package.PATHS),
+    (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )

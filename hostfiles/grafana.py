@@ -5,7 +5,6 @@ https://grafana.com/docs/grafana/latest/administration/provisioning/#data-source
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import yaml
@@ -56,6 +55,8 @@ def data_source(*, url: str, server_name: str, scrape_interval: str) -> str:
 
 # ---- on the master, where the settings ask for one ---------------------------------------------
 
+# The token by which it asks nginx.
+TOKEN = "grafana"  # noqa: S105 - its name
 GROUP = "grafana"
 PORT = 3000
 CONFIG = "/etc/grafana/grafana.ini"
@@ -113,14 +114,12 @@ def files(server: MasterServer) -> tuple[File, ...]:
     )
 
 
-def secret_files(secrets: MasterSecrets) -> tuple[File, ...]:
+def secret_files(server: MasterServer, secrets: MasterSecrets) -> tuple[File, ...]:
     """What it shows nginx, and the key of its own database."""
-    if secrets.grafana is None:
+    if server.grafana is None:
         return ()
-    user = secrets.grafana
-    shown = base64.b64encode(f"{user.user}:{user.password}".encode()).decode()
     return (
-        _secret(AUTHORIZATION, f"Basic {shown}"),
+        _secret(AUTHORIZATION, f"Bearer {secrets.tokens[TOKEN]}"),
         _secret(SECRET_KEY, secrets.grafana_key),
     )
 

@@ -75,14 +75,14 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
                 certificate="tls/prometheus.crt",
                 key="tls/prometheus.key",
                 ca="tls/ca.pem",
-                users=[*secrets.remote, secrets.local],
+                users=[*nginx.upstream_users(secrets), secrets.local],
             ),
             group=prometheus.GROUP,
             mode=0o640,
             secret=True,
         ),
         *node_exporter.secret_files(server, secrets),
-        *nginx.secret_files(secrets),
+        *nginx.secret_files(server, secrets),
         certificates.metrics(
             {
                 **prometheus.certificate_ends(server, secrets),

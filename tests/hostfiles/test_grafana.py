@@ -14,7 +14,7 @@ import yaml
 from hostfiles import bundle, cloud_init, grafana, master
 from hostfiles.files import HostFiles
 from hostfiles.model import MasterSecrets, MasterServer
-from tests.hostfiles.conftest import Root, credential, release
+from tests.hostfiles.conftest import Root, release
 from tests.hostfiles.test_real_tools import check
 
 BINARY = "/opt/releases/grafana-12.1.0/bin/grafana"
@@ -24,11 +24,8 @@ BINARY = "/opt/releases/grafana-12.1.0/bin/grafana"
 def with_grafana(
     master_server: Callable[..., MasterServer], master_secrets: Callable[..., MasterSecrets]
 ) -> HostFiles:
-    user = credential("grafana", "G" * 48)
     server = master_server(grafana=release("grafana", "12.1.0"))
-    secrets = master_secrets(
-        remote=(credential("admin", "U" * 48), user), grafana=user, grafana_key="K" * 48
-    )
+    secrets = master_secrets(tokens={"grafana": f"grafana_{'G' * 48}"}, grafana_key="K" * 48)
     return master.host_files(server).with_files(master.secret_files(server, secrets))
 
 
@@ -50,9 +47,9 @@ def test_its_secrets_are_in_files_of_its_own_and_nowhere_else(with_grafana: Host
         assert all(file.secret for file in found)
     header = next(file for file in with_grafana.files if file.path == grafana.AUTHORIZATION)
     assert (header.group, header.mode) == ("grafana", 0o640)
-    assert header.content.startswith("Basic ")
-    # It comes in at nginx by it, which knows a hash.
-    assert "\ngrafana:$2b$05$" in content(with_grafana, "/etc/nginx/users.htpasswd")
+    assert header.content.startswith("Bearer grafana_")
+    # It comes in at nginx by it, which knows a digest.
+    assert '"/grafana" ' in content(with_grafana, "/etc/nginx/callers.map")
 
 
 def test_it_asks_prometheus_through_nginx_and_verifies_it(with_grafana: HostFiles) -> None:
@@ -75,6 +72,7 @@ def test_who_comes_in_is_nginx_s_word_and_may_only_look(with_grafana: HostFiles)
     header = config["auth.proxy"]["header_name"]
     nginx = content(with_grafana, "/etc/nginx/federation.conf")
     assert nginx.count(f"proxy_set_header {header} $remote_user;") == 1
+    assert nginx.count(header) == 1
 
 
 def test_user_data_holds_nothing_of_it(

@@ -238,7 +238,7 @@ def test_the_bundle_is_delivered_over_another_host_key_than_the_first_contact(
 def test_hashes_are_bcrypt_of_the_agreed_costs(dev: Evaluated) -> None:
     files = bundle_files(dev, "slave-dublin")
     assert "$2b$12$" in files["/etc/prometheus/web.yml"]["content"]
-    htpasswd = next(f for path, f in files.items() if "htpasswd" in path)
+    htpasswd = files["/etc/nginx/users.htpasswd"]
     assert "$2b$05$" in htpasswd["content"]
     assert htpasswd["secret"]
 
