@@ -182,12 +182,13 @@ def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
 ) -> None:
     since = time.time()
     tab = browser.new_page()
-    wanted = f"https://{MASTER}/graph?g0.expr=up&g0.tab=1"
+    wanted = f"https://{MASTER}/query?g0.expr=up&g0.tab=1"
     tab.goto(wanted)
     assert tab.url.startswith(provider.issuer)
     _screenshot(browser, "log-in-at-the-provider")
     tab.get_by_role("button", name="alice").click()
-    tab.wait_for_url(wanted)
+    # Back at the page that was asked for, with its query.
+    assert tab.url == wanted, tab.inner_text("body")[:500]
     tab.goto(f"https://{MASTER}{QUERY}")
     federated = json.loads(tab.inner_text("body"))["data"]["result"]
     assert {row["metric"]["instance"] for row in federated if row["metric"]["job"] == "CoreSystems"}
