@@ -27,7 +27,7 @@ from components.lookups import IMAGES
 from components.pki import LeafArgs, LeafCertificate
 from hostfiles import bundle, cloud_init
 from hostfiles.files import File, HostFiles
-from hostfiles.model import Server, ServerSecrets
+from hostfiles.model import Credential, Server, ServerSecrets
 from hostfiles.prometheus import LOCAL_USER
 from settings import HostSettings
 
@@ -226,15 +226,19 @@ class Host(pulumi.ComponentResource):
                 retention_time=settings.retention_time,
                 rule_files=settings.rule_file_contents(),
                 backup=settings.backup.on_host(),
+                security_updates=settings.security_updates.on_host(),
                 jump_ports=self._host.jump_ports,
                 **known,
             )
         )
 
     def secrets(
-        self, kind: type[T], remote: RotatingCredential, **special: Input[Any]
+        self, kind: type[T], remote: Sequence[Output[Credential]], **special: Input[Any]
     ) -> Output[T]:
-        """The secrets of this machine, with what is special to its kind."""
+        """The secrets of this machine, with what is special to its kind.
+
+        `remote` are the users that come in from elsewhere.
+        """
         return Output.secret(
             Output.all(
                 prometheus_leaf=self._leaves.prometheus.leaf,
@@ -243,7 +247,7 @@ class Host(pulumi.ComponentResource):
                 local=self._local.credential,
                 exporter=self.exporters.current if self.exporters else None,
                 jobs={job.name: job.secrets() for job in self._host.jobs},
-                remote=remote.accepted,
+                remote=remote,
                 **special,
             ).apply(lambda known: kind(**known))
         )

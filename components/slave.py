@@ -103,7 +103,7 @@ class Slave(pulumi.ComponentResource):
     def boot(self, master: Master | None) -> None:
         """Boots it. When its password was renewed, the master learns it first."""
         server = self._server
-        secrets = self.host.secrets(ServerSecrets, self.federation)
+        secrets = self.host.secrets(ServerSecrets, self.federation.accepted)
         renewed = self._settings.rotation.password > 1
         self.host.boot(
             server.apply(slave.host_files),

@@ -7,7 +7,6 @@ got it from there. They are looked for everywhere that a machine, this one inclu
 from __future__ import annotations
 
 import base64
-import contextlib
 import gzip
 import json
 import os
@@ -31,8 +30,10 @@ from tests.sandbox.probe import Client, Door, Request, ask
 
 PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.+?)\n-----END", re.DOTALL)
 BCRYPT = re.compile(r"\$2b\$\d\d\$[./A-Za-z0-9]{53}")
+# Of a user or token, in nginx's callers.map.
+DIGEST = re.compile(r'^"[a-z0-9-]*/[a-z0-9-]*" "([A-Za-z0-9_-]{22})";$', re.MULTILINE)
 OPAQUE = re.compile(r"[A-Za-z0-9+/=]{16,100}")
-USERS = ("prometheus-admin", "local", "prometheus", "prometheus-2")
+USERS = ("prometheus-admin", "local", "prometheus", "prometheus-2", "nginx")
 # What the user's own key to the monitored hosts is called here.
 GIVEN = "hostAccess"
 # What a password's hashes are called here.
@@ -91,7 +92,7 @@ class Needles:
         for needle in (*keys, *opaque, *pairs):
             if maker or needle not in self._names:
                 self._names.setdefault(needle, set()).add(name)
-        hashes = BCRYPT.findall(text)
+        hashes = [*BCRYPT.findall(text), *DIGEST.findall(text)]
         self._names |= {needle: {HASH} for needle in hashes}
         return len(keys) + len(opaque) + len(hashes)
 
@@ -210,8 +211,10 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
             "etc/node_exporter/config.yml": {HASH},
             "etc/nginx/tls/server.key": {f"{name}-nginx-key"},
             "etc/nginx/users.htpasswd": {HASH},
+            "etc/nginx/callers.map": {HASH},
         }
         if server == "master":
+            files["etc/nginx/upstream.conf"] = {f"{name}-nginx-password"}
             files |= {
                 f"etc/prometheus/{password_file(f'federate-{site}', password)}": {
                     f"slave-{site}-federation-password"
@@ -389,7 +392,7 @@ def test_no_process_here_or_there_has_a_secret_in_its_arguments_or_environment(
     # It saw what came and went: our own ssh, the one it jumps through, and on the machines what ran
     # for moments.
     for witness in (
-        b"ssh\0-F\0/tmp/pf-ssh-",
+        b"ssh\0-F\0" + bytes(sandbox.plan.runtime_dir / "ssh"),
         b"\0-W\0[10.20.1.11]:22\0jump",
         b"/usr/local/sbin/apply-bundle",
         b"/usr/bin/curl\0--config",
@@ -444,10 +447,7 @@ def test_the_sandbox_keeps_secrets_encrypted_but_for_its_outputs(
     assert (folder / "passphrase").stat().st_mode & 0o777 == 0o600
     assert "__secret__" in (folder / "state.json").read_text()
     # What ssh was given for a delivery went with it.
-    for path in Path("/tmp").glob("pf-ssh-*/*"):  # noqa: S108
-        # Another sandbox's delivery may end in between.
-        with contextlib.suppress(FileNotFoundError):
-            assert needles.among(path.read_bytes()) == set(), path
+    assert list((sandbox.plan.runtime_dir / "ssh").iterdir()) == []
 
 
 # ---- the key of first contact ------------------------------------------------------------------
