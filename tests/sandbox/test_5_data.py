@@ -157,7 +157,7 @@ def first_boot_held(sandbox: Sandbox, server: str) -> Iterator[str]:
 
     with ThreadPoolExecutor(1) as beside:
         up = beside.submit(sandbox.run, "up")
-        name = host.wait_until(booting, seconds=60, step=0.1)
+        name = host.wait_until(booting, seconds=180, step=0.1)
         assert name, up.result()
         found = f"until pgrep -f '{FETCH}' >/dev/null; do sleep 0.05; done"
         run(name, f"{found}; pkill -STOP -f '{FETCH}'")
@@ -172,7 +172,8 @@ def federates_on(sandbox: Sandbox) -> None:
     """Waits for three federated samples that are all newer than this call."""
     since = time.time()
     assert host.wait_until(
-        lambda: len(sandbox.scrapes(FEDERATED, time.time() - since)) >= 3, seconds=30
+        lambda: len([s for s in sandbox.scrapes(FEDERATED, 60) if s.timestamp > since]) >= 3,
+        seconds=60,
     )
 
 
