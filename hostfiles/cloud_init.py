@@ -87,7 +87,7 @@ def _config(
         },
         "ssh_pwauth": False,
         "disable_root": True,
-        # The passing public address gives way to the Elastic IP while packages are fetched.
+        # A failed first boot costs a new instance: a mirror that stumbles must not fail it.
         "apt": {"conf": 'Acquire::Retries "5";'},
         "package_update": True,
         "packages": sorted(host.packages),

@@ -7,7 +7,7 @@ from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
 
-NAMES = ("apply-bundle", "install-release", "mount-data", "replace-host-key")
+NAMES = ("apply-bundle", "first-boot", "install-release", "mount-data", "replace-host-key")
 
 SYSUSERS = "/etc/sysusers.d/federation.conf"
 DATA_VOLUME = "/etc/systemd/system/data-volume.service"

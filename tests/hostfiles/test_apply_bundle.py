@@ -35,7 +35,6 @@ class Host:
     def __init__(self, root: Root) -> None:
         self.root = root
         root.write("/stub/systemctl", SYSTEMCTL, 0o755)
-        root.write("/stub/cloud-init", "#!/bin/sh\necho '{}'\n", 0o755)
         root.write("/stub/active/none", "")
         program = (FOLDER / "apply-bundle").read_text()
         root.write("/usr/local/sbin/apply-bundle", program, 0o755)
@@ -276,14 +275,6 @@ def test_an_owner_who_does_not_exist_is_named(host: Host) -> None:
     done = host.apply(wrong)
     assert done.returncode == 1
     assert "nobodys" in done.stderr
-
-
-def test_a_first_boot_that_failed_is_told_in_cloud_inits_words(host: Host) -> None:
-    stub = '#!/bin/sh\necho \'{"errors": ["no package nginxx"]}\'\nexit 1\n'
-    host.root.write("/stub/cloud-init", stub, 0o755)
-    done = host.apply(bundle(a="good"))
-    assert done.returncode == 1
-    assert "no package nginxx" in done.stderr
 
 
 def test_a_second_run_waits_for_the_first(applied: Host) -> None:
