@@ -191,8 +191,7 @@ class MasterServer(Server):
     """A master and the sites that it federates.
 
     With `oauth2` people log in there, by the release `oauth2_proxy`; without it by a password.
-    `alertmanager`: nginx serves the one on loopback at /alertmanager/. `grafana`: the release of
-    one beside it.
+    `grafana`: the release of one beside it.
     """
 
     sites: tuple[FederatedSite, ...]
