@@ -36,8 +36,8 @@ _TRANSIT = IPv4Network("169.254.0.0/20")
 # that a machine may not reach could be answered by the network that this machine is in.
 _NOT_ON_THE_INTERNET = ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16")
 _UPLINK = "inet"  # A router's interface to the internet.
-# What this machine's kernel must allow at least, while a sandbox is up. Each machine's systemd takes
-# several inotify instances, and all are root's.
+# What this machine's kernel must allow at least, while a sandbox is up. Each machine's systemd
+# takes several inotify instances, and all are root's.
 _SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 4096}
 
 
@@ -496,15 +496,15 @@ def _ensure_inet(plan: Plan, mtu: int, upstreams: Sequence[str]) -> bool:
         run(["nft", "-f", "-"], stdin=table)
         changed = True
     for name, least in _SYSCTLS.items():
-        now = _sysctl(name).read_text()
+        now = _sysctl_file(name).read_text()
         if int(now) < least:
             (plan.runtime_dir.parent / name).write_text(now)
-            _sysctl(name).write_text(f"{least}\n")
+            _sysctl_file(name).write_text(f"{least}\n")
             changed = True
     return changed
 
 
-def _sysctl(name: str) -> Path:
+def _sysctl_file(name: str) -> Path:
     return Path("/proc/sys", *name.split("."))
 
 
@@ -839,7 +839,7 @@ def destroy_all(plan: Plan) -> list[str]:
         for name in _SYSCTLS:
             recorded = plan.runtime_dir.parent / name
             if recorded.exists():
-                _sysctl(name).write_text(recorded.read_text())
+                _sysctl_file(name).write_text(recorded.read_text())
                 recorded.unlink()
                 removed.append(f"{name}, set back")
     return removed
