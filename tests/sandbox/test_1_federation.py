@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import re
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -123,9 +123,10 @@ def test_private_names_are_known_inside_their_network_only(sandbox: Sandbox) -> 
 
 def test_a_second_up_touches_nothing_and_says_so(sandbox: Sandbox) -> None:
     before = sandbox.start_times()
-    started = time.monotonic()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     printed = sandbox.up()
-    assert time.monotonic() - started < 10
+    # Not the time on the clock: other tests run beside it.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used < 10
     assert "no changes" in printed
     assert sandbox.start_times() == before
 
