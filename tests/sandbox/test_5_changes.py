@@ -308,7 +308,7 @@ def test_a_slave_that_is_taken_out_of_the_settings_is_gone(quick: Sandbox) -> No
     assert not [m for m in machine.machines(quick.plan) if "osaka" in m]
     # Its last samples stay to be seen for Prometheus's look-back of five minutes.
     scraped = {target["scrapePool"] for target in quick.master.get("targets")["activeTargets"]}
-    assert scraped == {"prometheus", "node", "federate-dublin"}
+    assert scraped == {"prometheus", "node", "alertmanager", "federate-dublin"}
 
 
 def test_a_machine_that_died_is_started_again_with_its_data(quick: Sandbox) -> None:

@@ -38,6 +38,10 @@ def quick(sandbox: Sandbox) -> Sandbox:
 
     With time for an answer beside all else that two cores do: a new password costs a hash.
     """
+    slaves = sandbox.get("slaves")
+    # Whatever tests before these took out of it.
+    slaves[0].pop("match", None)
+    sandbox.set(slaves=slaves)
     change_job(sandbox, scrape_interval=f"{INTERVAL_SECONDS}s")
     sandbox.up()
     ask(sandbox, f"count(sum_over_time(up{{{JOB}}}[10s]) >= 4) >= {len(CORES)}", seconds=60)
