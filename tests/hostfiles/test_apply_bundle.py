@@ -22,11 +22,15 @@ case "$1" in
 show) echo 0 ;;
 is-active) [ -e "/stub/active/$3" ] || exit 3 ;;
 restart | start) touch "/stub/active/$2" ;;
+stop) rm "/stub/active/$2" ;;
 esac
 [ "$(cat /stub/fail 2>/dev/null)" != "$1 $2" ] || { echo "the unit's own words" >&2; exit 1; }
 [ "$(cat /stub/kill 2>/dev/null)" != "$1 $2" ] || { rm /stub/kill; kill -9 $PPID; }
 exit 0
 """
+
+
+VERBS = {"restart", "reload", "start", "stop"}
 
 
 class Host:
@@ -56,7 +60,7 @@ class Host:
     def calls(self) -> list[str]:
         """What systemctl was asked to do."""
         lines = (self.root.upper / "stub/calls").read_text().splitlines()
-        return [line for line in lines if line.split()[0] in {"restart", "reload", "start"}]
+        return [line for line in lines if line.split()[0] in VERBS]
 
     def cat(self, path: str) -> str:
         return self.root.run(["cat", path]).stdout
@@ -177,6 +181,21 @@ def test_a_removed_file_is_gone(applied: Host) -> None:
     done = applied.apply(bundle(a="good 1"))
     assert "removed /etc/demo/b" in done.stdout
     assert applied.root.run(["test", "-L", "/etc/demo/b"]).returncode == 1
+
+
+def test_a_unit_that_is_gone_is_stopped_and_comes_back_with_the_old_files(applied: Host) -> None:
+    fewer = bundle(a="good 1", b="2")
+    del fewer["units"][0]
+    applied.on("fail", "reload b.service")
+    assert applied.apply(fewer).returncode == 1
+    assert applied.calls[:3] == ["stop a.service", "reload b.service", "restart a.service"]
+    applied.off("fail")
+    done = applied.apply(fewer)
+    assert done.returncode == 0, done.stderr
+    assert "stopped a.service" in done.stdout
+    assert applied.apply(fewer).stdout == "no changes\n"
+    assert applied.apply(bundle(a="good 1", b="2")).returncode == 0
+    assert "restart a.service" in applied.calls
 
 
 @pytest.mark.parametrize("call", ["reload a.service", "reload b.service", "is-active --quiet"])
