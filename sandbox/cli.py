@@ -18,7 +18,7 @@ import pulumi
 from rich.console import Console
 from rich.table import Table
 
-from sandbox import host, image, machine, releases, snapshots, world
+from sandbox import acme, host, image, machine, releases, snapshots, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
 from sandbox.engine import Changes, Engine
@@ -134,6 +134,10 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
     with Steps(console) as steps:
         host.prepare(steps)
         with hold(plan, take_over=True):
+            if given.acme:
+                # What it signs with is known only once it runs.
+                world.ensure_networks(plan, given, Fabric(plan))
+                acme.ensure(plan, steps)
             config = world.resolve_given(project.config, plan, given)
             project = replace(project, config=config)
             changes, state, config, local = _converge(plan, project, given, steps)

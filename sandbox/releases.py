@@ -47,6 +47,7 @@ _DEBIAN: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         ("prometheus-alertmanager",),
         {"alertmanager": "usr/bin/prometheus-alertmanager", "amtool": "usr/bin/amtool"},
     ),
+    "pebble": (("pebble",), {"pebble": "usr/bin/pebble"}),
 }
 
 
@@ -132,6 +133,13 @@ def tool(name: str) -> Path:
             f"'{name}' is not in the cache ({RELEASES_DIR}).", "Run `make up` or `make test` once."
         )
     return path
+
+
+def debian_tool(progress: Progress, name: str) -> Path:
+    """Return a program as Debian builds it, to run here, fetching it where it is missing."""
+    if not (RELEASES_DIR / "tools" / name).exists():
+        _unpack_tools(debian_build(progress, name, FALLBACK_SUITE))
+    return tool(name)
 
 
 def _digest(pins: Sequence[Pin]) -> str:
