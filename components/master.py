@@ -94,6 +94,7 @@ def _table(settings: MasterSettings, environment: Environment) -> TableOf:
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
+            acme=environment.settings.acme_of(settings),
         )
 
     return with_network

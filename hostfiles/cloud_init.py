@@ -13,7 +13,15 @@ from typing import Any
 
 import yaml
 
-from hostfiles import backup, firewall, nginx, node_exporter, programs, prometheus
+from hostfiles import (
+    backup,
+    firewall,
+    nginx,
+    node_exporter,
+    programs,
+    prometheus,
+    public_certificate,
+)
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
 
@@ -21,7 +29,7 @@ from hostfiles.releases import install_command
 LIMIT = 16_384
 # In this order.
 _LEFT_OUT = (
-    backup.PATHS,
+    (*backup.PATHS, *public_certificate.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )

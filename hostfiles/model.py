@@ -44,6 +44,20 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Acme:
+    """An account with an authority that signs over ACME. `server` is its directory's URL.
+
+    `roots` (PEM) are what its certificates chain to; `private`: its server's own does, too.
+    """
+
+    email: str
+    server: str
+    port: int
+    roots: str
+    private: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Access:
     """How a job comes in at its targets. `own` is what this stack gives its own hosts.
 
@@ -90,7 +104,10 @@ class JobSecrets:
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedSite:
-    """A slave as its master sees it (the password is in MasterSecrets, by site)."""
+    """A slave as its master sees it (the password is in MasterSecrets, by site).
+
+    Its certificate is good if it is of our CA or chains to one of `public_roots` (PEM).
+    """
 
     site: str
     host: str
@@ -99,6 +116,7 @@ class FederatedSite:
     match: tuple[str, ...]
     scrape_interval: str
     sample_limit: int
+    public_roots: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +136,8 @@ class Server:
     first that ends, in Unix seconds. `operator_keys` are the public SSH keys that may log in, a
     line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
-    `jump_ports` are the SSH ports of hosts that are reached through this server.
+    `jump_ports` are the SSH ports of hosts that are reached through this server. `acme` is who
+    signs what nginx shows, if it is not our CA.
     """
 
     fqdn: str
@@ -139,6 +158,7 @@ class Server:
     rule_files: Mapping[str, str]
     backup: Backup
     jump_ports: tuple[int, ...] = ()
+    acme: Acme | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import backup, node_exporter, prometheus
+from hostfiles import backup, node_exporter, prometheus, public_certificate
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -16,6 +16,7 @@ _WANTED = (
     *("data-volume.service", "prometheus.service", "node_exporter.service"),
     backup.UNIT.name,
 )
+_CHECKED = (prometheus.SERVICE, node_exporter.SERVICE, backup.SERVICE, backup.TIMER)
 
 
 def files(server: Server) -> tuple[File, ...]:
@@ -31,6 +32,7 @@ def files(server: Server) -> tuple[File, ...]:
             content=(
                 '# No home and no shell.\nu prometheus - "Prometheus"\n'
                 'u node_exporter - "Prometheus node_exporter"\n'
+                + (public_certificate.USER if server.acme else "")
             ),
         ),
         File(
@@ -39,24 +41,30 @@ def files(server: Server) -> tuple[File, ...]:
         ),
         File(
             path="/etc/systemd/system/multi-user.target.d/federation.conf",
-            content=render("systemd/multi-user.target.conf.j2", units=_WANTED),
+            content=render(
+                "systemd/multi-user.target.conf.j2",
+                units=[*_WANTED, *(unit.name for unit in public_certificate.units(server))],
+            ),
         ),
     )
 
 
-CHECKS = (
-    Check(
+def check(server: Server) -> Check:
+    """systemd's own, of all units of ours."""
+    return Check(
         name="systemd units",
         argv=(
             *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
             # Not data-volume.service: its program may be in this very bundle, not yet in place.
-            f"{{tree}}{prometheus.SERVICE}",
-            f"{{tree}}{node_exporter.SERVICE}",
-            f"{{tree}}{backup.SERVICE}",
-            f"{{tree}}{backup.TIMER}",
+            *(f"{{tree}}{path}" for path in _CHECKED),
+            *(
+                f"{{tree}}{path}"
+                for path in (*public_certificate.SERVICES, public_certificate.TIMER)
+                if server.acme
+            ),
         ),
-    ),
-)
+    )
+
 
 # Reloaded when Prometheus's unit changes: its retention size does when the volume grew.
 DATA_VOLUME_UNIT = Unit(

@@ -149,6 +149,11 @@ def password_file(name: str, password: str) -> str:
     return f"secrets/{name}-{sha256(password.encode()).hexdigest()[:12]}.password"
 
 
+def site_ca_file(site: FederatedSite) -> str:
+    """Where the master keeps what a site's certificate must chain to, relative to its folder."""
+    return f"tls/federate-{site.site}-ca.pem" if site.public_roots else "tls/ca.pem"
+
+
 def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
     """The scrape job by which the master takes a site's series.
 
@@ -178,7 +183,7 @@ def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
             "password_file": f"../{password_file}",
         },
         "tls_config": {
-            "ca_file": "../tls/ca.pem",
+            "ca_file": f"../{site_ca_file(site)}",
             "cert_file": "../tls/prometheus.crt",
             "key_file": "../tls/prometheus.key",
             "server_name": site.host,
@@ -348,6 +353,11 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
     for name, site in sorted(sites.items()):
         path = password_file(f"federate-{name}", passwords[name])
         yield _secret(path, passwords[name])
+        if site.public_roots:
+            yield File(
+                path=f"{FOLDER}/{site_ca_file(site)}",
+                content=server.ca_bundle + site.public_roots,
+            )
         yield File(
             path=f"{FOLDER}/federate.d/{name}.yml",
             content=_dump({"scrape_configs": [federate_job(site, path)]}),

@@ -10,6 +10,7 @@ from hostfiles import (
     node_exporter,
     programs,
     prometheus,
+    public_certificate,
     sshd,
 )
 from hostfiles.files import Check, File, HostFiles
@@ -40,7 +41,7 @@ def host_files(server: Server) -> HostFiles:
             *nginx.CHECKS,
             *firewall.CHECKS,
             *sshd.CHECKS,
-            *programs.CHECKS,
+            programs.check(server),
         ),
         # The firewall first: nothing starts to listen before it stands.
         units=(
@@ -49,6 +50,7 @@ def host_files(server: Server) -> HostFiles:
             programs.DATA_VOLUME_UNIT,
             prometheus.UNIT,
             node_exporter.UNIT,
+            *public_certificate.units(server),
             nginx.unit(server),
             backup.UNIT,
         ),
