@@ -6,6 +6,7 @@ import pulumi
 from pulumi import Output
 
 import settings
+from components import federation
 from components.backup import Backups
 from components.credentials import password
 from components.environment import make_environment
@@ -43,3 +44,4 @@ if chosen.existing_master:
     existing = ExistingMaster(chosen.existing_master, slaves, environment)
     pulumi.export("existingMasterCertificate", existing.leaf.apply(lambda leaf: leaf.certificate))
     pulumi.export("existingMasterKey", existing.leaf.apply(lambda leaf: leaf.key))
+    federation.export(slaves, existing.leaf, environment)

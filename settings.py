@@ -267,8 +267,29 @@ class SlaveSettings(HostSettings):
     sample_limit: Annotated[int, Field(ge=1)] = 200_000
 
 
+class OtherStack(Model):
+    """Sites of another stack of this program. They are named, as each is a rule of the firewall.
+
+    `stack` is what a StackReference takes: `dublin-prod`, or with organisation and project.
+    https://www.pulumi.com/docs/iac/concepts/stacks/#stackreferences
+    """
+
+    stack: Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+$")]
+    sites: Annotated[tuple[HostLabel, ...], Field(min_length=1)]
+
+
 class MasterSettings(HostSettings):
-    """The master Prometheus of this environment."""
+    """The master Prometheus of this environment, and what it federates beside its own sites."""
+
+    other_stacks: tuple[OtherStack, ...] = ()
+
+    @field_validator("other_stacks")
+    @classmethod
+    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
+        for name, count in Counter(other.stack for other in stacks).items():
+            if count > 1:
+                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
+        return stacks
 
 
 class ReleaseSettings(Model):
@@ -279,11 +300,19 @@ class ReleaseSettings(Model):
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
+class PackageSettings(Model):
+    """Another version of a distribution's package than the one that it has."""
+
+    # https://www.debian.org/doc/debian-policy/ch-controlfields.html#version
+    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+~:-]*$")]
+
+
 class ReleasesSettings(Model):
     """Releases by program."""
 
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
+    nginx: PackageSettings | None = None
 
 
 class Settings(Model):
@@ -358,6 +387,20 @@ class Settings(Model):
         return self
 
     @model_validator(mode="after")
+    def _sites_have_names_of_their_own(self) -> Settings:
+        stacks = self.master.other_stacks if self.master else ()
+        others = [(site, other.stack) for other in stacks for site in other.sites]
+        where = [(slave.site, "slaves") for slave in self.slaves] + others
+        for site, count in Counter(site for site, _ in where).items():
+            if count > 1:
+                found = ", ".join(place for name, place in where if name == site)
+                raise ValueError(
+                    f"master.otherStacks makes {count} sites named {site!r} ({found}); the master "
+                    "knows a site by its name alone, so rename it in one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _servers_are_nothing_else(self) -> Settings:
         servers = [*self.slaves, *([self.master] if self.master else [])]
         names = {self.fqdn(server) for server in servers}
@@ -414,6 +457,11 @@ class Settings(Model):
             return pinned
         official = _official(pinned.name, chosen.version, chosen.sha256)
         return replace(official, url=chosen.url) if chosen.url else official
+
+    @property
+    def nginx_version(self) -> str | None:
+        """The version of nginx's package; None for the distribution's."""
+        return self.releases.nginx.version if self.releases.nginx else None
 
     def rule_file_contents(self) -> dict[str, str]:
         """The rule files by the name they have on a host."""

@@ -175,6 +175,9 @@ class Host(pulumi.ComponentResource):
             stdin=Output.secret(permanent.private_key_openssh),
             timeout=FIRST_CONTACT_TIMEOUT,
             depends_on=[*attached, self.firewall],
+            # The key of first contact is gone from the host: with a renewed operators' key this
+            # would dial in vain. A new instance replaces the command, and then nothing is ignored.
+            ignore_changes=["connection"],
         )
         self.delivered = self._create_command(
             "bundle",
@@ -190,7 +193,7 @@ class Host(pulumi.ComponentResource):
         self._await_certificate(instance)
         self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
 
-    def server(self, kind: type[S], **special: Any) -> Output[S]:
+    def server(self, kind: type[S], **special: Input[Any]) -> Output[S]:
         """What the renderers need to know of this machine, with what is special to its kind."""
         settings = self._environment.settings
         return Output.all(
@@ -199,6 +202,7 @@ class Host(pulumi.ComponentResource):
             ca_not_after=self._environment.authority.not_after,
             operator_keys=self._environment.operator_keys,
             rules=self.firewall.rules,
+            **special,
         ).apply(
             lambda known: kind(
                 fqdn=self.address.fqdn,
@@ -206,6 +210,7 @@ class Host(pulumi.ComponentResource):
                 volume_gib=settings.volume_gib_of(self._host),
                 prometheus=settings.release("prometheus"),
                 node_exporter=settings.release("nodeExporter"),
+                nginx_version=settings.nginx_version,
                 jobs=tuple(job.job() for job in self._host.jobs),
                 scrape_interval=settings.scrape_interval,
                 evaluation_interval=settings.evaluation_interval,
@@ -215,7 +220,6 @@ class Host(pulumi.ComponentResource):
                 jump_ports=self._host.jump_ports,
                 acme=settings.acme_of(self._host),
                 **known,
-                **special,
             )
         )
 
@@ -487,6 +491,7 @@ class Host(pulumi.ComponentResource):
         timeout: str,
         depends_on: list[pulumi.Resource],
         logging: command.remote.Logging = command.remote.Logging.NONE,
+        ignore_changes: list[str] | None = None,
     ) -> command.remote.Command:
         return command.remote.Command(
             f"{self._name}-{purpose}",
@@ -509,6 +514,7 @@ class Host(pulumi.ComponentResource):
             opts=ResourceOptions(
                 parent=self,
                 depends_on=depends_on,
+                ignore_changes=ignore_changes,
                 additional_secret_outputs=["stdout", "stderr"],
                 custom_timeouts=CustomTimeouts(create=timeout, update=timeout),
             ),

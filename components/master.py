@@ -9,6 +9,7 @@ from pulumi import Input, Output, ResourceOptions
 
 from components.credentials import RotatingCredential, Rotation, password
 from components.environment import Environment
+from components.federation import remote_sites
 from components.firewall import Table, TableOf
 from components.host import Host, HostAddress
 from components.lookups import Network
@@ -22,7 +23,7 @@ UI_USER = "prometheus-admin"
 
 
 class Master(pulumi.ComponentResource):
-    """A master: federates the slaves, and serves people and programs on its web page.
+    """A master: federates slaves, and serves people and programs on its web page.
 
     `address` is made by the caller, as the slaves' firewalls need it first.
     """
@@ -41,11 +42,15 @@ class Master(pulumi.ComponentResource):
         name = "master"
         super().__init__("prometheus-federation:index:Master", name, None, opts)
         child_opts = ResourceOptions(parent=self)
+        remote = remote_sites(settings.other_stacks)
         self.host = Host(
             name,
             settings,
             _table(settings, environment),
-            {slave.site.site: slave.host.address.public_ip for slave in slaves},
+            {
+                **{slave.site.site: slave.host.address.public_ip for slave in slaves},
+                **{site.name: site.public_ip for site in remote},
+            },
             address,
             environment,
             opts=child_opts,
@@ -56,15 +61,17 @@ class Master(pulumi.ComponentResource):
         server = self.host.server(
             MasterServer,
             external_labels={},
-            sites=tuple(slave.site for slave in slaves),
+            sites=(*(slave.site for slave in slaves), *(site.site for site in remote)),
             ui_port=UI_PORT,
         )
         secrets = self.host.secrets(
             MasterSecrets,
             self.ui,
             site_passwords={
-                slave.site.site: password(slave.federation.current) for slave in slaves
+                **{slave.site.site: password(slave.federation.current) for slave in slaves},
+                **{site.name: site.password for site in remote},
             },
+            site_trusts={site.name: site.trust for site in remote},
         )
         self.host.boot(
             server.apply(master.host_files),

@@ -17,6 +17,7 @@ from hostfiles import (
     backup,
     firewall,
     nginx,
+    nginx_package,
     node_exporter,
     programs,
     prometheus,
@@ -29,7 +30,7 @@ from hostfiles.releases import install_command
 LIMIT = 16_384
 # In this order.
 _LEFT_OUT = (
-    (*backup.PATHS, *public_certificate.PATHS),
+    (*backup.PATHS, *nginx_package.PATHS, *public_certificate.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )

@@ -136,7 +136,8 @@ class Server:
     first that ends, in Unix seconds. `operator_keys` are the public SSH keys that may log in, a
     line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
-    `jump_ports` are the SSH ports of hosts that are reached through this server. `acme` is who
+    `jump_ports` are the SSH ports of hosts that are reached through this server. `nginx_version` is
+    that of the distribution's package, or None: whichever the distribution has. `acme` is who
     signs what nginx shows, if it is not our CA.
     """
 
@@ -158,6 +159,7 @@ class Server:
     rule_files: Mapping[str, str]
     backup: Backup
     jump_ports: tuple[int, ...] = ()
+    nginx_version: str | None = None
     acme: Acme | None = None
 
 
@@ -217,10 +219,27 @@ class ServerSecrets:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteTrust:
+    """What a site of another stack is known by, and the certificate that it lets in.
+
+    `ca_bundle` is the PEM of every CA that its stack trusts, `ca_not_after` the end of the first
+    that ends, in Unix seconds; `leaf` is signed by one of them.
+    """
+
+    ca_bundle: str
+    ca_not_after: int
+    leaf: Leaf
+
+
+@dataclass(frozen=True, kw_only=True)
 class MasterSecrets(ServerSecrets):
-    """The password by which the master comes in at each site."""
+    """The password by which the master comes in at each site, and the trust of another stack's.
+
+    A site that `site_trusts` does not know is of this stack, and trusts the same CA.
+    """
 
     site_passwords: Mapping[str, str] = field(repr=False)
+    site_trusts: Mapping[str, SiteTrust] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

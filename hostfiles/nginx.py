@@ -17,6 +17,8 @@ from hostfiles.templates import render
 FOLDER = "/etc/nginx"
 CONFIG = f"{FOLDER}/federation.conf"
 DROP_IN = "/etc/systemd/system/nginx.service.d/federation.conf"
+# What installs the version that settings name (nginx_package.py).
+PACKAGE_SERVICE = "/etc/systemd/system/nginx-package.service"
 GROUP = "www-data"
 
 # OpenSSL's names of the six suites of Mozilla's intermediate profile (guideline 6.0); hybrids of
@@ -95,7 +97,7 @@ def unit(server: Server) -> Unit:
     tls = "/etc/prometheus/tls"
     return Unit(
         name="nginx.service",
-        restart_on=(DROP_IN,),
+        restart_on=(DROP_IN, PACKAGE_SERVICE),
         reload_on=(f"{FOLDER}/",),
         ready=(
             *("/usr/bin/curl", "--silent", "--show-error", "--max-time", "5"),

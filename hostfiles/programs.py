@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostfiles import backup, node_exporter, prometheus, public_certificate
+from hostfiles import backup, nginx, node_exporter, prometheus, public_certificate
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -16,7 +16,10 @@ _WANTED = (
     *("data-volume.service", "prometheus.service", "node_exporter.service"),
     backup.UNIT.name,
 )
-_CHECKED = (prometheus.SERVICE, node_exporter.SERVICE, backup.SERVICE, backup.TIMER)
+_CHECKED = (
+    *(prometheus.SERVICE, node_exporter.SERVICE, backup.SERVICE, backup.TIMER),
+    nginx.PACKAGE_SERVICE,
+)
 
 
 def files(server: Server) -> tuple[File, ...]:

@@ -149,11 +149,6 @@ def password_file(name: str, password: str) -> str:
     return f"secrets/{name}-{sha256(password.encode()).hexdigest()[:12]}.password"
 
 
-def site_ca_file(site: FederatedSite) -> str:
-    """Where the master keeps what a site's certificate must chain to, relative to its folder."""
-    return f"tls/federate-{site.site}-ca.pem" if site.public_roots else "tls/ca.pem"
-
-
 def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
     """The scrape job by which the master takes a site's series.
 
@@ -183,7 +178,7 @@ def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
             "password_file": f"../{password_file}",
         },
         "tls_config": {
-            "ca_file": f"../{site_ca_file(site)}",
+            "ca_file": "../tls/ca.pem",
             "cert_file": "../tls/prometheus.crt",
             "key_file": "../tls/prometheus.key",
             "server_name": site.host,
@@ -346,22 +341,46 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
     """A master's federate jobs, a file for each site, and the passwords they send."""
     if not isinstance(server, MasterServer):
         return
-    passwords = secrets.site_passwords if isinstance(secrets, MasterSecrets) else {}
+    known = secrets if isinstance(secrets, MasterSecrets) else None
+    passwords, trusts = (known.site_passwords, known.site_trusts) if known else ({}, {})
     sites = {site.site: site for site in server.sites}
     if set(sites) != set(passwords):
         raise ValueError(f"sites {sorted(sites)} have passwords for {sorted(passwords)}")
     for name, site in sorted(sites.items()):
         path = password_file(f"federate-{name}", passwords[name])
         yield _secret(path, passwords[name])
-        if site.public_roots:
-            yield File(
-                path=f"{FOLDER}/{site_ca_file(site)}",
-                content=server.ca_bundle + site.public_roots,
-            )
+        job = federate_job(site, path)
+        if name in trusts:
+            tls, trust = f"tls/federate/{name}", trusts[name]
+            job["tls_config"] |= {
+                "ca_file": f"../{tls}-ca.pem",
+                "cert_file": f"../{tls}.crt",
+                "key_file": f"../{tls}.key",
+            }
+            yield File(path=f"{FOLDER}/{tls}-ca.pem", content=trust.ca_bundle)
+            yield File(path=f"{FOLDER}/{tls}.crt", content=trust.leaf.certificate)
+            yield _secret(f"{tls}.key", trust.leaf.key)
+        elif site.public_roots:
+            ca = f"tls/federate/{name}-ca.pem"
+            job["tls_config"]["ca_file"] = f"../{ca}"
+            yield File(path=f"{FOLDER}/{ca}", content=server.ca_bundle + site.public_roots)
         yield File(
             path=f"{FOLDER}/federate.d/{name}.yml",
-            content=_dump({"scrape_configs": [federate_job(site, path)]}),
+            content=_dump({"scrape_configs": [job]}),
         )
+
+
+def certificate_ends(server: Server, secrets: ServerSecrets) -> dict[str, int]:
+    """When the certificates that Prometheus reads end, in Unix seconds, by path."""
+    ends = {
+        "ca.pem": server.ca_not_after,
+        "prometheus.crt": secrets.prometheus_leaf.not_after,
+    }
+    if isinstance(secrets, MasterSecrets):
+        for name, trust in secrets.site_trusts.items():
+            ends[f"federate/{name}-ca.pem"] = trust.ca_not_after
+            ends[f"federate/{name}.crt"] = trust.leaf.not_after
+    return {f"{FOLDER}/tls/{path}": end for path, end in ends.items()}
 
 
 def _curl(server: Server, secrets: ServerSecrets, port: int, path: str, method: str = "GET") -> str:

@@ -7,6 +7,7 @@ from hostfiles import (
     certificates,
     firewall,
     nginx,
+    nginx_package,
     node_exporter,
     programs,
     prometheus,
@@ -31,6 +32,7 @@ def host_files(server: Server) -> HostFiles:
             *backup.files(server),
             *node_exporter.files(server),
             *nginx.files(server),
+            *nginx_package.files(server),
             *firewall.files(server.rules),
             *sshd.files(server),
         ),
@@ -39,6 +41,7 @@ def host_files(server: Server) -> HostFiles:
             _web_config_check(server),
             *node_exporter.checks(server),
             *nginx.CHECKS,
+            *nginx_package.checks(server),
             *firewall.CHECKS,
             *sshd.CHECKS,
             programs.check(server),
@@ -50,6 +53,7 @@ def host_files(server: Server) -> HostFiles:
             programs.DATA_VOLUME_UNIT,
             prometheus.UNIT,
             node_exporter.UNIT,
+            nginx_package.UNIT,
             *public_certificate.units(server),
             nginx.unit(server),
             backup.UNIT,
@@ -79,8 +83,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         *nginx.secret_files(secrets),
         certificates.metrics(
             {
-                f"{prometheus.FOLDER}/tls/ca.pem": server.ca_not_after,
-                f"{prometheus.FOLDER}/tls/prometheus.crt": secrets.prometheus_leaf.not_after,
+                **prometheus.certificate_ends(server, secrets),
                 f"{nginx.FOLDER}/tls/server.crt": secrets.nginx_leaf.not_after,
                 node_exporter.CERTIFICATE: secrets.node_exporter_leaf.not_after,
             }

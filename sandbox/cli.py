@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pulumi
 from rich.console import Console
 from rich.table import Table
 
-from sandbox import acme, host, image, machine, releases, snapshots, world
+from sandbox import acme, host, image, machine, releases, snapshots, stacks, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
 from sandbox.engine import Changes, Engine
@@ -38,7 +39,6 @@ from sandbox.world import World
 from settings import NAMESPACE, RELEASES
 
 HERE = Path(__file__).resolve().parent.parent
-STACK = "sandbox"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="boot, or bring what runs to the settings; then verify")
-    up.add_argument("--config", type=Path, default=HERE / f"Pulumi.{STACK}.yaml", help="settings")
+    up.add_argument("--stack", default=stacks.MAIN, help="which stack of this sandbox")
+    up.add_argument("--config", type=Path, help="its settings (default: Pulumi.<stack>.yaml)")
     up.add_argument("--world", type=Path, default=world.WORLD_FILE, help="the given world")
     up.add_argument("--no-verify", action="store_true", help="leave the proof of federation out")
     up.set_defaults(run=_up)
@@ -120,7 +121,7 @@ def _plan(chosen: argparse.Namespace) -> Plan:
 
 
 def _up(chosen: argparse.Namespace, console: Console) -> int:
-    project = read_project(HERE, STACK, stack_file=chosen.config)
+    project = read_project(HERE, chosen.stack, stack_file=chosen.config)
     if project.encrypted:
         raise SandboxError(
             f"Encrypted, so only the Pulumi CLI can read it: {', '.join(project.encrypted)}.",
@@ -130,7 +131,7 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
     # Wrong settings are told before anything is built, installed or touched.
     checked = world.resolve_given(project.config, plan, given, stand_ins=True)
-    evaluate(replace(project, config=checked), Recorder())
+    evaluate(replace(project, config=checked), Recorder(partial(stacks.outputs, plan)))
     with Steps(console) as steps:
         host.prepare(steps)
         with hold(plan, take_over=True):
@@ -144,7 +145,7 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
             # For `verify`: what was asked for last, passwords of the user's included.
             state.settings = Secret(dict(config))
             state.save()
-            _write_outputs(plan, state.outputs)
+            _write_outputs(plan, stacks.folder(plan, chosen.stack), state.outputs)
             proof = None
             if not chosen.no_verify and "master" in state.outputs:
                 proof = prove(state.outputs, config, project.name, steps)
@@ -194,16 +195,17 @@ def _converge(
         world.ensure_networks(plan, given, fabric)
         hosts = side_by_side.submit(world.ensure_hosts, plan, given, steps)
         aws = AwsProvider(plan, given, fabric, base, steps)
-        state = State.load(plan.state_dir / "state.json")
+        state = stacks.load(plan, project.stack)
+        known = {**stacks.every(plan), project.stack: state}.values()
         # What a killed run began and could not note down is begun anew.
-        aws.forget_all_but({record.id for record in state.everything})
+        aws.forget_all_but({record.id for one in known for record in one.everything})
         started = aws.resume()
-        engine = Engine(state, {}, aws.invoke, steps)
+        engine = Engine(state, {}, aws.invoke, steps, partial(stacks.outputs, plan))
         engine.providers = {
             "aws": aws,
             "tls": TlsProvider(),
             "random": RandomProvider(),
-            "command": CommandProvider(engine.cancelled),
+            "command": CommandProvider(engine.cancelled, plan.runtime_dir / "ssh"),
         }
 
         def stop(*_: object) -> None:
@@ -218,16 +220,15 @@ def _converge(
     return changes, state, config, local
 
 
-def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
+def _write_outputs(plan: Plan, stack: Path, outputs: Mapping[str, Any]) -> None:
     """What an operator needs as files: never on the screen, readable by their owner alone."""
     known = plain(outputs)
-    folder = plan.state_dir / "outputs"
+    folder = stack / "outputs"
     folder.mkdir(mode=0o700, exist_ok=True)
-    hosts = [*known["slaves"].values(), *([known["master"]] if "master" in known else [])]
     files = {
         "ca.pem": known["caCertificate"],
         "operator.key": known["sshPrivateKey"],
-        "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in hosts),
+        "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in _servers(known)),
     }
     if "master" in known:
         files["master.curl"] = (
@@ -242,24 +243,22 @@ def _write_outputs(plan: Plan, outputs: Mapping[str, Any]) -> None:
     # Whoever asked through sudo shall be able to use them: the rest stays root's.
     for part in ("machines", "volumes", "world"):
         (plan.state_dir / part).chmod(0o700)
-    plan.state_dir.chmod(0o711)
+    for part in (stack, *stack.parents):
+        if part.is_relative_to(plan.state_dir):
+            part.chmod(0o711)
     for path in (folder, *folder.iterdir()):
         os.chown(path, int(os.environ.get("SUDO_UID", "0")), int(os.environ.get("SUDO_GID", "0")))
 
 
 def _show(plan: Plan, console: Console) -> bool:
     """Prints what there is; returns whether all of it runs."""
-    state = State.load(plan.state_dir / "state.json")
-    outputs = plain(state.outputs)
+    states = stacks.every(plan)
     model = Fabric(plan).model
     public = {holder: address for address, holder in model.eips.items() if holder}
     table = Table("machine", "private", "public", "memory", "state", box=None)
     well = bool(model.attachments)
-    rows = [
-        *outputs.get("slaves", {}).values(),
-        *([outputs["master"]] if "master" in outputs else []),
-    ]
-    names = {row["publicIp"]: row["host"].partition(".")[0] for row in rows}
+    rows = [row for state in states.values() for row in _servers(state.outputs)]
+    names = {row["publicIp"]: _name(row) for row in rows}
     for name, attachment in sorted(model.attachments.items()):
         running = machine.is_running(plan, name)
         well &= running
@@ -273,14 +272,26 @@ def _show(plan: Plan, console: Console) -> bool:
             style="" if running else "red",
         )
     console.print(table)
-    if "master" in outputs:
-        _tell_master(plan, state, console)
+    for stack, state in states.items():
+        if "master" in state.outputs:
+            _tell_master(stacks.folder(plan, stack) / "outputs", state, console)
     return well
 
 
-def _tell_master(plan: Plan, state: State, console: Console) -> None:
+def _servers(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a stack's outputs say of each of its servers."""
+    known = plain(outputs)
+    return [*known.get("slaves", {}).values(), *([known["master"]] if "master" in known else [])]
+
+
+def _name(server: Mapping[str, Any]) -> str:
+    """What commands call a server."""
+    return server["host"].partition(".")[0]
+
+
+def _tell_master(folder: Path, state: State, console: Console) -> None:
     master = plain(state.outputs)["master"]
-    folder, address = plan.state_dir / "outputs", master["publicIp"]
+    address = master["publicIp"]
     try:
         pages = MasterApi.of(state.outputs).has_pages()
     except httpx.HTTPError:
@@ -288,7 +299,7 @@ def _tell_master(plan: Plan, state: State, console: Console) -> None:
     lines = [
         f"query     curl -K {folder / 'master.curl'} 'https://{address}/api/v1/query?query=up'",
         f"user      {master['user']}, password in {folder / 'master.curl'}",
-        f"shell     make ssh NAME={master['host'].partition('.')[0]}",
+        f"shell     make ssh NAME={_name(master)}",
     ]
     if pages:
         lines.insert(
@@ -301,24 +312,26 @@ def _tell_master(plan: Plan, state: State, console: Console) -> None:
 
 def _status(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
-    _state(plan)
+    _states(plan)
     return 0 if _show(plan, console) else 1
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> int:
-    state = _state(_plan(chosen))
-    with Steps(console) as steps:
-        proof = prove(state.outputs, plain(state.settings), NAMESPACE, steps)
-    for line in proof.found:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+    with_master = [s for s in _states(_plan(chosen)).values() if "master" in s.outputs]
+    if not with_master:
+        raise SandboxError("No stack has a master to ask.", "Bring one up that has.")
+    for state in with_master:
+        with Steps(console) as steps:
+            proof = prove(state.outputs, plain(state.settings), NAMESPACE, steps)
+        for line in proof.found:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
     return 0
 
 
 def _snapshot(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
-    outputs = plain(_state(plan).outputs)
-    rows = [*outputs["slaves"].values(), *([outputs["master"]] if "master" in outputs else [])]
-    ours = {row["host"].partition(".")[0]: row["publicIp"] for row in rows}
+    rows = [row for state in _states(plan).values() for row in _servers(state.outputs)]
+    ours = {_name(row): row["publicIp"] for row in rows}
     if chosen.name and chosen.name not in ours:
         raise SandboxError(
             f"There is no host {chosen.name!r}.", f"Name one of: {', '.join(sorted(ours))}."
@@ -342,20 +355,22 @@ def _snapshot(chosen: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _state(plan: Plan) -> State:
-    if not (plan.state_dir / "state.json").exists():
+def _states(plan: Plan) -> dict[str, State]:
+    states = stacks.every(plan)
+    if not states:
         raise SandboxError("Nothing is up.", "Boot it with `make up`.")
-    return State.load(plan.state_dir / "state.json")
+    return states
 
 
 def _ssh(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
-    outputs = plain(_state(plan).outputs)
-    rows = [*outputs["slaves"].values(), *([outputs["master"]] if "master" in outputs else [])]
-    ours = {row["host"].partition(".")[0]: row for row in rows}
-    folder = plan.state_dir / "outputs"
+    ours = {
+        _name(row): (row, stacks.folder(plan, stack) / "outputs")
+        for stack, state in _states(plan).items()
+        for row in _servers(state.outputs)
+    }
     if chosen.name in ours:
-        row = ours[chosen.name]
+        row, folder = ours[chosen.name]
         user = row["sshCommand"].split()[-1].partition("@")[0]
         argv = ["ssh", "-F", "none", "-i", str(folder / "operator.key"), "-o", "IdentitiesOnly=yes"]
         argv += ["-o", f"UserKnownHostsFile={folder / 'known_hosts'}"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -62,11 +63,15 @@ class CommandError(Exception):
 class CommandProvider(Provider):
     """Runs `create`, and `update` (else `create` again) when an input changed.
 
-    `cancelled`, once set, ends all waiting, for hosts and for commands.
+    `cancelled`, once set, ends all waiting, for hosts and for commands. `folder` is for what each
+    ssh needs while it runs, keys among it: what a killed run left there is removed now.
     """
 
-    def __init__(self, cancelled: threading.Event) -> None:
+    def __init__(self, cancelled: threading.Event, folder: Path) -> None:
         self._cancelled = cancelled
+        self._folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, parents=True)
 
     def create(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
         """Runs the command for the first time."""
@@ -98,7 +103,7 @@ class CommandProvider(Provider):
         limit = connection.get("dialErrorLimit", _DIAL_LIMIT)
         deadline = time.monotonic() + timeout
         failed, reason = 0, "no answer"
-        with tempfile.TemporaryDirectory(prefix="pf-ssh-") as folder:
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             config = write_config(Path(folder), connection)
             argv = ["ssh", "-F", str(config), "-T", "target", command]
             while True:

@@ -50,7 +50,8 @@ class ProtectedError(Exception):
 class Engine:
     """A Backend that keeps state and drives the providers.
 
-    `providers` are by package (`aws`, `tls`, …); `functions` answer the program's look-ups.
+    `providers` are by package (`aws`, `tls`, …); `functions` answer the program's look-ups;
+    `stacks` tells the outputs of another stack, by its name.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Engine:
         providers: Mapping[str, Provider],
         functions: Callable[[str, Mapping[str, Any]], dict[str, Any]],
         progress: Progress,
+        stacks: Callable[[str], Mapping[str, Any]],
     ) -> None:
         self._state = state
+        self._stacks = stacks
         self.providers = providers
         self._functions = functions
         self._progress = progress
@@ -107,6 +110,10 @@ class Engine:
     def invoke(self, token: str, args: Mapping[str, Any]) -> dict[str, Any]:
         """Answers a provider function."""
         return self._functions(token, args)
+
+    def read_stack(self, name: str) -> Mapping[str, Any]:
+        """The outputs of another stack."""
+        return self._stacks(name)
 
     def register(self, resource: Resource) -> tuple[str, dict[str, Any]]:
         """Brings one resource to what the program says of it."""

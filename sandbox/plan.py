@@ -178,7 +178,7 @@ def checked_name(name: str) -> str:
     """Return the name, or raise SandboxError where it could not be part of a file name."""
     if not _NAME.fullmatch(name):
         raise SandboxError(
-            f"'{name}' cannot be the name of a machine or network.",
+            f"'{name}' cannot be the name of a machine, network or stack.",
             "Use up to 50 lower-case letters, digits, '-' and '.'.",
         )
     return name

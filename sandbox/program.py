@@ -83,6 +83,10 @@ class Backend(Protocol):
         """Answers a provider function, such as `aws:ec2/getSubnet:getSubnet`."""
         ...
 
+    def read_stack(self, name: str) -> Mapping[str, Any]:
+        """The outputs of another stack, in which what is secret is a `Secret`."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
@@ -349,6 +353,22 @@ class _Monitor(runtime_mocks.MockMonitor):
         self.resources[urn] = self.ResourceRegistration(urn, id_, outputs)
         wire = _sync_await(rpc.serialize_properties(outputs, {}))
         return resource_pb2.RegisterResourceResponse(urn=urn, id=id_, object=wire)
+
+    def ReadResource(self, request: Any) -> Any:  # noqa: N802 - gRPC's name
+        if request.type != "pulumi:pulumi:StackReference":
+            return super().ReadResource(request)
+        _ensure_event_loop()
+        with self._counted():
+            outputs = self._backend.read_stack(request.id)
+        known = {
+            "name": request.id,
+            "outputs": plain(outputs),
+            "secretOutputNames": sorted(k for k, v in outputs.items() if plain(v) != v),
+        }
+        return resource_pb2.ReadResourceResponse(
+            urn=self.make_urn(request.parent, request.type, request.name),
+            properties=_sync_await(rpc.serialize_properties(known, {})),
+        )
 
 
 class _Mocks(runtime_mocks.Mocks):

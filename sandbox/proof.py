@@ -151,6 +151,11 @@ def look(api: MasterApi, config: Mapping[str, Any], namespace: str) -> Proof:
                     limit = FRESH_INTERVALS * slowest / 1000
                     if ages.get(key, limit + 1) > limit:
                         proof.missing.append(f"a fresh sample of {target}, at most {limit:g} s old")
+    for other in config[f"{namespace}:master"].get("otherStacks", []):
+        for site in other["sites"]:
+            # Of another stack's site the settings know the name alone.
+            instance = next((key[2] for key in up if key[:2] == (site, "federate")), None)
+            _expect(proof, up, (site, "federate", instance or "?"), {})
     if ages and not proof.missing:
         proof.found.append(f"newest sample of each target at most {max(ages.values()):.1f} s old")
     return proof

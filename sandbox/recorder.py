@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sandbox import providers
@@ -17,9 +17,13 @@ from sandbox.program import Resource, plain
 
 
 class Recorder:
-    """Records resources and functions, in the order in which they came."""
+    """Records resources and functions, in the order in which they came.
 
-    def __init__(self) -> None:
+    `stacks` tells the outputs of another stack, by its name.
+    """
+
+    def __init__(self, stacks: Callable[[str], Mapping[str, Any]] = lambda name: {}) -> None:
+        self._stacks = stacks
         self.resources: list[Resource] = []
         self.functions: list[tuple[str, Mapping[str, Any]]] = []
 
@@ -57,6 +61,10 @@ class Recorder:
             "aws:route53/getZone:getZone": {"zoneId": f"Z-{args.get('name')}"},
         }
         return {**args, **answers[token]}
+
+    def read_stack(self, name: str) -> Mapping[str, Any]:
+        """The outputs of another stack."""
+        return self._stacks(name)
 
     def of_type(self, type_: str) -> list[Resource]:
         """The resources of one type, by name."""

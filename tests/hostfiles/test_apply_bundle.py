@@ -198,17 +198,57 @@ def test_a_unit_that_is_gone_is_stopped_and_comes_back_with_the_old_files(applie
     assert "restart a.service" in applied.calls
 
 
-@pytest.mark.parametrize("call", ["reload a.service", "reload b.service", "is-active --quiet"])
-def test_killed_at_a_step_the_next_run_finishes(applied: Host, call: str) -> None:
-    applied.on("kill", call)
-    done = applied.apply(bundle(a="good 1", b="2"))
-    assert done.returncode != 0
-    done = applied.apply(bundle(a="good 1", b="2"))
-    assert done.returncode == 0, done.stderr
-    assert "reload b.service" in applied.calls
-    assert applied.cat("/etc/demo/b") == "2"
-    done = applied.apply(bundle(a="good 1", b="2"))
-    assert done.stdout == "no changes\n"
+# Python runs it before any program: the process ends before its change number so much.
+DIE = """
+import os, sys
+
+CHANGES = {"os.rename", "os.symlink", "os.remove", "os.mkdir", "os.chmod", "os.chown", "os.utime"}
+count = 0
+
+def before(event, arguments):
+    global count
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_ACCMODE
+    if event in CHANGES | {"subprocess.Popen", "os.rmdir", "shutil.rmtree"} or writes:
+        count += 1
+        if count == NUMBER:
+            os.kill(os.getpid(), 9)
+
+if "/usr/local/sbin/apply-bundle" in sys.orig_argv:
+    sys.addaudithook(before)
+"""
+DIE_AT = "/usr/local/lib/python3.13/dist-packages/die"
+# Killed, what was in force; finished, what is; and once more.
+KILLED = """
+: >/stub/calls
+apply-bundle </stub/bundle >/dev/null 2>&1; echo $?
+cat /etc/demo/b /etc/demo/c; echo
+rm /usr/local/lib/python3.13/dist-packages/die.pth
+apply-bundle </stub/bundle >/dev/null; echo $?
+cat /etc/demo/b /etc/demo/c; echo
+ls -A /opt/federation/trees | wc -l
+grep -o 'reload [ab].service' /stub/calls | sort -u
+apply-bundle </stub/bundle
+"""
+
+
+def test_killed_before_any_of_its_changes_it_is_whole_and_the_next_run_finishes(
+    applied: Host,
+) -> None:
+    assert applied.apply(bundle(a="good 1", b="0", c="0")).returncode == 0
+    number, status = 0, "137"
+    while status == "137":
+        number += 1
+        applied.root.write(f"{DIE_AT}.pth", "import die\n")
+        applied.root.write(f"{DIE_AT}.py", DIE.replace("NUMBER", str(number)))
+        old, new = f"{number - 1}", f"{number}"
+        applied.root.write("/stub/bundle", json.dumps(bundle(a="good 1", b=new, c=new)))
+        told = applied.root.run(["sh", "-c", KILLED]).stdout.splitlines()
+        status, meanwhile = told[:2]
+        assert meanwhile in (old * 2, new * 2), number
+        reloaded = ["reload a.service", "reload b.service"]
+        assert told[2:] == ["0", new * 2, "1", *reloaded, "no changes"], number
+    assert status == "0", "it came to its end, and there was nothing more to be killed before"
+    assert number > 30, "there is so much to do"
 
 
 def test_killed_in_the_middle_a_refused_bundle_goes_back_to_the_last_whole_one(

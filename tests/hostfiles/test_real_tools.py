@@ -13,13 +13,15 @@ import pytest
 from hostfiles import cloud_init, master, slave
 from hostfiles.files import HostFiles
 from hostfiles.model import (
+    Leaf,
     MasterSecrets,
     MasterServer,
     ServerSecrets,
+    SiteTrust,
     SlaveServer,
 )
 from job_settings import JobSettings
-from tests.hostfiles.conftest import Authority, Root, ToolImage, credential
+from tests.hostfiles.conftest import MASTER, Authority, Root, ToolImage, credential
 
 pytestmark = pytest.mark.machines
 
@@ -74,6 +76,25 @@ def test_every_check_passes_on_a_master(
 ) -> None:
     done = check(tool_root, whole_master, name)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_takes_a_site_of_another_stack_and_misses_its_key(
+    tool_root: Root,
+    master_server: Callable[..., MasterServer],
+    master_secrets: Callable[..., MasterSecrets],
+    leaves: dict[str, Leaf],
+) -> None:
+    server, leaf = master_server(), leaves[MASTER]
+    trust = SiteTrust(ca_bundle=server.ca_bundle, ca_not_after=1, leaf=leaf)
+    secret = master.secret_files(server, master_secrets(site_trusts={"dublin": trust}))
+    done = check(tool_root, master.host_files(server).with_files(secret), "prometheus.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    key = "/etc/prometheus/tls/federate/dublin.key"
+    assert tool_root.run(["rm", f"/tree{key}"]).returncode == 0
+    without = tuple(file for file in secret if file.path != key)
+    done = check(tool_root, master.host_files(server).with_files(without), "prometheus.yml")
+    assert done.returncode != 0
+    assert key in done.stdout + done.stderr
 
 
 def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFiles) -> None:

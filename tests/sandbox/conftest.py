@@ -22,7 +22,7 @@ from urllib.parse import urlencode
 import pytest
 import yaml
 
-from sandbox import host, machine, network
+from sandbox import host, machine, network, stacks
 from sandbox.network import Fabric
 from sandbox.plan import Plan
 from sandbox.program import plain
@@ -60,12 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Sandbox:
     """A sandbox as a user has it, and a look behind the scenes for those who test it.
 
-    `config` and `world` are what the next `up` will be given.
+    `config` and `world` are what the next `up` will be given. `stack`: whose they are, where a
+    sandbox has several.
     """
 
     plan: Plan
     config: dict[str, Any]
     world: dict[str, Any]
+    stack: str = stacks.MAIN
     last: subprocess.CompletedProcess[str] | None = None
     log: list[str] = field(default_factory=list)
 
@@ -95,9 +97,10 @@ class Sandbox:
         if command == "up":
             inputs = self.plan.state_dir.with_name(f"{self.plan.state_dir.name}-inputs")
             inputs.mkdir(exist_ok=True)
-            (inputs / "config.yaml").write_text(yaml.safe_dump({"config": self.config}))
+            config = inputs / f"{self.stack}.yaml"
+            config.write_text(yaml.safe_dump({"config": self.config}))
             (inputs / "world.yaml").write_text(yaml.safe_dump(self.world))
-            base += ["--config", str(inputs / "config.yaml")]
+            base += ["--stack", self.stack, "--config", str(config)]
             base += ["--world", str(inputs / "world.yaml")]
         return [*base, *more]
 
@@ -132,7 +135,7 @@ class Sandbox:
 
     @property
     def state(self) -> State:
-        return State.load(self.plan.state_dir / "state.json")
+        return stacks.load(self.plan, self.stack)
 
     @property
     def outputs(self) -> Mapping[str, Any]:
@@ -258,6 +261,21 @@ def sandbox() -> Iterator[Sandbox]:
     yield shared
     if not keep:
         shared.run("down")
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Sandbox]:
+    """A sandbox for a module of faults, in the slot after the shared one's; not up yet."""
+    slot = int(os.environ.get("SANDBOX_TEST_SLOT", "1")) + 1
+    keep = "SANDBOX_TEST_KEEP" in os.environ
+    mine = Sandbox.fresh(slot, ROOT / f".sandbox-test{slot}")
+    # One interval less to wait for: speed is not what is tested here.
+    mine.set(scrapeInterval="2s")
+    if not keep:
+        mine.run("down")
+    yield mine
+    if not keep:
+        mine.run("down")
 
 
 @pytest.fixture(scope="module")

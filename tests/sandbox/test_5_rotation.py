@@ -6,12 +6,14 @@ What was renewed is refused afterwards, and nothing is restarted for it.
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.sandbox.conftest import CORES, Sandbox
+from tests.sandbox.conftest import CORES, NAMESPACE, Sandbox
 from tests.sandbox.keyring import Keyring
 from tests.sandbox.probe import Client, Door, Request, ask
 
@@ -194,3 +196,35 @@ def test_the_certificate_authority(quick: Sandbox) -> None:
     assert first not in sandbox.outputs["caCertificate"]
     # The operator's own way in trusts the new one, too.
     assert sandbox.query("up")
+
+
+def test_the_operators_ssh_key(quick: Sandbox, tmp_path: Path) -> None:
+    sandbox = quick
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text(sandbox.outputs["sshPrivateKey"])
+    with nothing_failed(sandbox):
+        kept = sandbox.config.get(f"{NAMESPACE}:rotation", {})
+        sandbox.set(rotation={**kept, "sshKey": kept.get("sshKey", 1) + 1})
+        sandbox.up()
+    new.write_text(sandbox.outputs["sshPrivateKey"])
+    known = sandbox.plan.state_dir / "outputs" / "known_hosts"
+    for server in ("master", "dublin"):
+        for key, expected in ((old, 255), (new, 0)):
+            key.chmod(0o600)
+            options = ["-F", "none", "-i", str(key), "-o", "IdentitiesOnly=yes"]
+            options += ["-o", "BatchMode=yes", "-o", f"UserKnownHostsFile={known}"]
+            options += ["-o", "StrictHostKeyChecking=yes"]
+            target = f"admin@{sandbox.public_ip(server)}"
+            done = subprocess.run(
+                ["ssh", *options, target, "true"],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+            assert done.returncode == expected, (server, done.stderr)
+    # The next change arrives by the new one, at monitored hosts through the slave, too.
+    now = sandbox.get("slaves")[0].get("rotation", {}).get("leafCertificates", 1)
+    rotate(sandbox, "dublin", leafCertificates=now + 1)
+    printed = sandbox.up()
+    assert "change Command slave-dublin-core01.example.internal" in printed

@@ -131,6 +131,16 @@ def untouched(sandbox: Sandbox) -> Iterator[None]:
     assert sandbox.start_times() == before
 
 
+def assert_restarted_alone(sandbox: Sandbox, unit: str, before: dict[str, str]) -> None:
+    """Of ours that unit was restarted since, on both servers, and nothing else anywhere."""
+    after = sandbox.start_times()
+    for host, told in before.items():
+        units = dict(zip(told.split("\n\n"), after[host].split("\n\n"), strict=True))
+        changed = [then for then, now in units.items() if then != now]
+        assert len(changed) == (host in SERVERS), changed
+        assert all(unit in then for then in changed)
+
+
 def test_a_release_with_another_sum_is_refused_before_anything_changes(
     every_second: Sandbox, other_prometheus: dict[str, str]
 ) -> None:
@@ -212,13 +222,7 @@ def test_prometheus_is_upgraded_by_one_setting_and_back_with_its_data(
         assert "2 changed" in printed, "the two bundles"
         for server in SERVERS:
             assert running(sandbox, server, "prometheus") == wanted
-        # Of ours nothing else was restarted.
-        after = sandbox.start_times()
-        for host, told in before.items():
-            units = dict(zip(told.split("\n\n"), after[host].split("\n\n"), strict=True))
-            changed = [unit for unit, now in units.items() if unit != now]
-            assert len(changed) == (host in SERVERS), changed
-            assert all("prometheus.service" in unit for unit in changed)
+        assert_restarted_alone(sandbox, "prometheus.service", before)
     # The one before is kept; what was tried in vain is gone.
     there = sandbox.script("dublin", "ls -A /opt/releases").split()
     assert [name for name in there if "prometheus" in name] == sorted([pinned, other])
@@ -266,3 +270,76 @@ def test_node_exporter_is_upgraded_everywhere_by_one_setting_and_back(
         undo = json.loads(sandbox.inside(name, "cat", "/opt/federation/undo.json"))
         trees = [tree for tree in undo["trees"] if tree.startswith("/opt/releases/")]
         assert sorted(trees) == [f"/opt/releases/{release}" for release in both], "to be undone"
+
+
+def nginx_package(sandbox: Sandbox, host: str) -> str:
+    """The version of nginx's package. Its process is of the very file that lies there."""
+    program = sandbox.script(host, "readlink /proc/$(systemctl show -P MainPID nginx)/exe")
+    assert program == "/usr/sbin/nginx\n"
+    return sandbox.script(host, "dpkg-query -W -f '${Version}' nginx")
+
+
+@pytest.fixture(scope="module")
+def nginx_versions(every_second: Sandbox) -> tuple[str, str]:
+    """The newest and the oldest that the mirror has."""
+    listed = every_second.script("dublin", "apt-cache madison nginx").splitlines()
+    versions = [line.split("|")[1].strip() for line in listed]
+    assert versions[0] != versions[-1], "a mirror with one version of nginx: nothing to go to"
+    return versions[0], versions[-1]
+
+
+def test_nginx_is_brought_to_a_version_by_one_setting_and_back(
+    every_second: Sandbox, nginx_versions: tuple[str, str]
+) -> None:
+    sandbox = every_second
+    newest, oldest = nginx_versions
+    assert nginx_package(sandbox, "dublin") == newest
+    for chosen, wanted, held in (
+        ({"nginx": {"version": oldest}}, oldest, "nginx\nnginx-common\n"),
+        ({}, newest, ""),
+    ):
+        before = sandbox.start_times()
+        sandbox.set(releases=chosen)
+        with measured_gap(sandbox, f"nginx {wanted}", USERS_INTERVAL_SECONDS):
+            printed = sandbox.up("--no-verify")
+        assert "2 changed" in printed, "the two bundles"
+        assert_restarted_alone(sandbox, "nginx.service", before)
+        for server in SERVERS:
+            assert nginx_package(sandbox, server) == wanted
+            assert sandbox.script(server, "apt-mark showhold") == held
+
+
+def test_a_version_of_nginx_that_nobody_has_is_refused_before_anything_changes(
+    every_second: Sandbox, nginx_versions: tuple[str, str]
+) -> None:
+    sandbox = every_second
+    sandbox.set(releases={"nginx": {"version": "1.0-nowhere"}})
+    before = sandbox.start_times()
+    with measured_gap(sandbox, "nginx refused", USERS_INTERVAL_SECONDS):
+        printed = sandbox.refused()
+    sandbox.set(releases={})
+    assert sandbox.start_times() == before
+    assert "releases.nginx.version is 1.0-nowhere" in printed
+    assert all(version in printed for version in nginx_versions), "what to choose from"
+    assert "Nothing was changed." in printed
+    sandbox.up("--no-verify")
+
+
+def test_an_nginx_that_never_answers_gives_way_to_the_one_before(
+    every_second: Sandbox, nginx_versions: tuple[str, str]
+) -> None:
+    sandbox = every_second
+    newest, oldest = nginx_versions
+    (record,) = [r for r in sandbox.state.records.values() if r.name == "slave-dublin-bundle"]
+    bundle = json.loads(record.inputs["stdin"].value)
+    (file,) = [f for f in bundle["files"] if f["path"].endswith("/nginx-package.service")]
+    file["content"] = file["content"].replace("/install-nginx", f"/install-nginx {oldest}")
+    (unit,) = [unit for unit in bundle["units"] if unit["name"] == "nginx.service"]
+    unit |= {"ready": ["false"], "ready_seconds": 1}
+    with measured_gap(sandbox, "nginx rolled back", ROLLED_BACK_SECONDS):
+        told = sandbox.inside(
+            "dublin", "/usr/local/sbin/apply-bundle", stdin=json.dumps(bundle), check=False
+        )
+    assert "nginx.service does not get ready" in told
+    assert "The old configuration is back and serving." in told
+    assert nginx_package(sandbox, "dublin") == newest

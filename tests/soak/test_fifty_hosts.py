@@ -49,7 +49,7 @@ def test_fifty_hosts(fresh: Sandbox, results: Callable[..., None]) -> None:
     sandbox.set(slaves=slaves)
     sandbox.arguments("up")
     inputs = sandbox.plan.state_dir.with_name(f"{sandbox.plan.state_dir.name}-inputs")
-    project = read_project(ROOT, "sandbox", stack_file=inputs / "config.yaml")
+    project = read_project(ROOT, "sandbox", stack_file=inputs / "sandbox.yaml")
     given = world.load_world(inputs / "world.yaml")
     config = world.resolve_given(project.config, sandbox.plan, given, stand_ins=True)
     recorder = Recorder()

@@ -72,7 +72,9 @@ class World:
             yield
 
         state = State.load(self.folder / "state.json")
-        return Engine(state, {"aws": self.provider}, lambda token, args: {}, silent)
+        return Engine(
+            state, {"aws": self.provider}, lambda token, args: {}, silent, lambda name: {}
+        )
 
     def told(self) -> list[tuple[str, str]]:
         calls, self.provider.calls = self.provider.calls, []
@@ -144,6 +146,20 @@ def test_ignored_changes_are_ignored(world: World) -> None:
     world.up(program.format("ami-1"))
     world.told()
     assert world.up(program.format("ami-2")) == "no changes"
+
+
+def test_what_is_replaced_is_made_with_what_the_program_says_of_ignored_properties_too(
+    world: World,
+) -> None:
+    program = """
+    aws.ec2.Instance("host", ami="{}", subnet_id="{}", instance_type="t3.micro",
+                     opts=Opts(ignore_changes=["ami"]))
+    """
+    world.up(program.format("ami-1", "subnet-1"))
+    assert world.up(program.format("ami-2", "subnet-2")) == "1 replaced, 1 deleted"
+    records = State.load(world.folder / "state.json").records.values()
+    (record,) = [record for record in records if record.name == "host"]
+    assert record.inputs["ami"] == "ami-2"
 
 
 def test_what_is_outdated_is_replaced_without_any_change(world: World) -> None:

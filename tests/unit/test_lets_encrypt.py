@@ -64,14 +64,14 @@ def test_up_waits_for_each_certificate_and_bounds_the_wait(dev: Evaluated) -> No
 
 
 def test_the_master_trusts_the_authority_before_and_after_a_site_uses_it(dev: Evaluated) -> None:
-    name = "/etc/prometheus/tls/federate-dublin-ca.pem"
+    name = "/etc/prometheus/tls/federate/dublin-ca.pem"
     assert name not in bundle(dev, "master")
     own = bundle(dev, "master")["/etc/prometheus/tls/ca.pem"]
     for run in (public(), public(certificates="ownCa")):
         files = bundle(run, "master")
         assert files[name] == own + ROOTS.read_text()
         job = yaml.safe_load(files["/etc/prometheus/federate.d/dublin.yml"])["scrape_configs"][0]
-        assert job["tls_config"]["ca_file"] == "../tls/federate-dublin-ca.pem"
+        assert job["tls_config"]["ca_file"] == "../tls/federate/dublin-ca.pem"
         assert job["tls_config"]["server_name"] == "prometheus-slave.example.com"
         assert job["tls_config"]["cert_file"] == "../tls/prometheus.crt"
 

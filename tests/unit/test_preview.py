@@ -161,3 +161,20 @@ def test_encrypted_settings_need_no_key(checkout: Path) -> None:
     told = make_preview(checkout, "--ref", "main")
     assert told.returncode == 0, told.stderr
     assert "web.yml [secret]" in told.stdout
+
+
+def test_sites_of_other_stacks_have_stand_ins(checkout: Path) -> None:
+    file = checkout / "Pulumi.dev.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["config"][f"{NAMESPACE}:master"]["otherStacks"] = [{"stack": "west", "sites": ["cork"]}]
+    file.write_text(yaml.safe_dump(config))
+    told = make_preview(checkout, "--ref", "main")
+    assert told.returncode == 0, told.stderr
+    assert "+ /etc/prometheus/federate.d/cork.yml" in told.stdout
+    assert "+ /etc/prometheus/tls/federate/cork.key [secret]" in told.stdout
+    # The rule, and the master's bundle: what its user-data would say now changes nothing.
+    rule = "aws:vpc/securityGroupEgressRule:SecurityGroupEgressRule master-out-federate-cork"
+    assert titles(told.stdout.splitlines()[1:]) == [
+        "~ change  command:remote:Command master-bundle",
+        f"+ create  {rule}",
+    ]

@@ -299,6 +299,9 @@ def test_the_bundle_is_delivered_over_another_host_key_than_the_first_contact(
         keys = {plain(c.inputs["connection"])["hostKey"] for c in (first, bundle)}
         assert len(keys) == 2
         assert first.urn in bundle.dependencies
+        # With a renewed operators' key nobody must look for a host key that is gone.
+        assert first.ignore_changes == ("connection",)
+        assert not bundle.ignore_changes
 
 
 def test_hashes_are_bcrypt_of_the_agreed_costs(dev: Evaluated) -> None:

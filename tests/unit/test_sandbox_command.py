@@ -175,7 +175,7 @@ class Fake:
             timeout_create=f"{seconds}s",
         )
         given = {"connection": JUMPING, "create": "do it", "stdin": "canary stdin", **inputs}
-        return CommandProvider(self.cancelled).create(resource, given)[1]
+        return CommandProvider(self.cancelled, self.folder / "keys").create(resource, given)[1]
 
 
 @pytest.fixture
@@ -253,9 +253,19 @@ def test_ctrl_c_leaves_no_ssh_behind(ssh: Fake, monkeypatch: pytest.MonkeyPatch)
     assert wait_until(lambda: not is_alive(pid), seconds=2)
 
 
+def test_the_keys_that_a_killed_run_left_are_removed_by_the_next(ssh: Fake) -> None:
+    left = ssh.folder / "keys" / "tmp" / "target.key"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    ssh.says('connected "$@"; ls -A "$(dirname "$2")"/..')
+    (own,) = ssh.run()["stdout"].split()
+    assert own != "tmp"
+    assert list((ssh.folder / "keys").iterdir()) == []
+
+
 def test_a_deletion_uses_the_commands_own_time_and_its_last_connection(ssh: Fake) -> None:
     ssh.says("exit 255")
-    provider = CommandProvider(ssh.cancelled)
+    provider = CommandProvider(ssh.cancelled, ssh.folder / "keys")
     inputs = {"connection": JUMPING, "create": "do it", "delete": "undo it"}
     with pytest.raises(CommandError, match=r"slave-core01: 10\.20\.1\.11 .* within 2 s"):
         provider.delete("command:remote:Command", "command-slave-core01", inputs, "2s")

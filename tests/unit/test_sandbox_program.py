@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sandbox import cli, host, providers
+from sandbox import cli, host, providers, stacks
+from sandbox.host import SandboxError
 from sandbox.plan import Plan
 from sandbox.program import Project, Resource, read_project
 from sandbox.proof import MasterApi, Sample, look
@@ -173,3 +174,29 @@ def test_every_monitored_host_and_plain_target_belongs_to_the_proof() -> None:
         rest = [row for row in FOUND if row != absent]
         (missing,) = look(Answers(*rest), PROOF_CONFIG, "p").missing
         assert f'job="{absent[1]}", instance="{absent[2]}"' in missing
+
+
+def test_sites_of_other_stacks_belong_to_the_proof() -> None:
+    master = {**PROOF_CONFIG["p:master"], "otherStacks": [{"stack": "west", "sites": ["cork"]}]}
+    config = PROOF_CONFIG | {"p:master": master}
+    (missing,) = look(Answers(*FOUND), config, "p").missing
+    assert 'site="cork"} is not there' in missing
+    assert look(Answers(*FOUND, ("cork", "federate", "c.example.com:9095")), config, "p").found
+
+
+def test_a_stack_is_read_by_its_plain_and_its_full_name_and_only_if_it_is_there(
+    tmp_path: Path,
+) -> None:
+    plan = Plan(0, tmp_path)
+    west, main = stacks.load(plan, "west"), stacks.load(plan, stacks.MAIN)
+    west.outputs, main.outputs = {"a": 1}, {"a": 2}
+    assert stacks.every(plan) == {}
+    west.save()
+    main.save()
+    assert list(stacks.every(plan)) == ["sandbox", "west"]
+    for name in ("west", "organization/prometheus-federation/west"):
+        assert stacks.outputs(plan, name) == {"a": 1}
+    assert stacks.outputs(plan, "sandbox") == {"a": 2}
+    assert stacks.outputs(plan, "organization/other/west") == {}
+    with pytest.raises(SandboxError, match=r"'\.\./west'"):
+        stacks.load(plan, "../west")

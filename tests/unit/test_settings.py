@@ -128,6 +128,24 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "2 slaves with site 'dublin'",
         "give each its own",
     ),
+    "a site here and in another stack": (
+        lambda g: g["master"].update(otherStacks=[{"stack": "west", "sites": ["dublin"]}]),
+        "",
+        "master.otherStacks makes 2 sites named 'dublin' (slaves, west)",
+        "rename it in one of them",
+    ),
+    "another stack twice": (
+        lambda g: g["master"].update(otherStacks=[{"stack": "west", "sites": ["cork"]}] * 2),
+        "master.otherStacks",
+        "names the stack 'west' 2 times",
+        "put its sites together",
+    ),
+    "another stack without sites": (
+        lambda g: g["master"].update(otherStacks=[{"stack": "west", "sites": []}]),
+        "master.otherStacks[0].sites",
+        "",
+        "at least 1 item",
+    ),
     "two slaves of one host name": (
         lambda g: g["slaves"].append({"site": "cork", "host": "prometheus-slave"}),
         "slaves",
@@ -453,6 +471,12 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "slaves[0].restoreFrom",
         "snap-01234567",
         "take out the earlier ones",
+    ),
+    "a version of nginx that no package can have": (
+        lambda g: g.update(releases={"nginx": {"version": "1.26 or so"}}),
+        "releases.nginx.version",
+        "1.26 or so",
+        "should match pattern",
     ),
     "a rule file that is not there": (
         lambda g: g.update(ruleFiles=["rules/none.yml"]),
