@@ -43,11 +43,10 @@ def roots(plan: Plan) -> str:
     return (_folder(plan) / "roots.pem").read_text()
 
 
-def start(plan: Plan, program: Path, *, resolver: str = "", **faults: str) -> None:
+def start(plan: Plan, program: Path, **faults: str) -> None:
     """Start the server; one that runs is ended first.
 
-    resolver: the DNS server that it asks, with its port; the internet's by default. faults:
-    pebble's own environment variables, such as PEBBLE_WFE_NONCEREJECT.
+    faults: pebble's own environment variables, such as PEBBLE_WFE_NONCEREJECT.
     """
     stop(plan)
     folder = _folder(plan)
@@ -72,7 +71,7 @@ def start(plan: Plan, program: Path, *, resolver: str = "", **faults: str) -> No
         process = subprocess.Popen(
             [
                 *(*where, str(program), "-config", str(folder / "config.json")),
-                *("-dnsserver", resolver or f"{plan.inet_ip}:53"),
+                *("-dnsserver", f"{plan.inet_ip}:53"),
             ],
             env={**_CALM, **faults},
             stdin=subprocess.DEVNULL,
