@@ -29,8 +29,11 @@ master = None
 if chosen.master and master_address:
     master = Master(chosen.master, master_address, slaves, environment)
     pulumi.export("master", master.outputs)
-    pulumi.export("masterPassword", password(master.ui.current))
-    pulumi.export("masterNextPassword", password(master.ui.next))
+    pulumi.export("masterTokens", master.tokens)
+    pulumi.export("grafanaDataSource", master.grafana_data_source)
+    if master.ui:
+        pulumi.export("masterPassword", password(master.ui.current))
+        pulumi.export("masterNextPassword", password(master.ui.next))
 
 for slave in slaves:
     slave.boot(master)

@@ -28,8 +28,9 @@ from pydantic import (
     model_validator,
 )
 
+from door_settings import OAuth2Settings, TokenName
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Acme, Backup, Release
+from hostfiles.model import Acme, Backup, Release, SecurityUpdates
 from job_settings import HostAccess, JobSettings, check_jobs
 from lets_encrypt_settings import LetsEncryptSettings
 from setting_types import (
@@ -51,8 +52,12 @@ UI_PORT = 443
 
 
 def _official(name: str, version: str, sha256: str) -> Release:
-    tarball = f"v{version}/{name}-{version}.linux-amd64.tar.gz"
-    url = f"https://github.com/prometheus/{name}/releases/download/{tarball}"
+    # oauth2-proxy has a `v` in the file's name, too.
+    owner, tag = (
+        ("oauth2-proxy", f"v{version}") if name == "oauth2-proxy" else ("prometheus", version)
+    )
+    tarball = f"{name}-{tag}.linux-amd64.tar.gz"
+    url = f"https://github.com/{owner}/{name}/releases/download/v{version}/{tarball}"
     return Release(name=name, version=version, sha256=sha256, url=url)
 
 
@@ -66,6 +71,9 @@ RELEASES = {
         "1.12.1",
         "b51d8a76aa2a9156a55d501aca6276fae09e262259a5e4e831d2c2222f084e63",
     ),
+    "oauth2Proxy": _official(
+        "oauth2-proxy", "7.15.4", "4fbe902189aab713d9c0519b90a645032d4636ecb523dc36f5cc312d8ebef1e2"
+    ),
 }
 
 # Memory of EC2's families at size `large`, in MiB; each other size is a multiple of it.
@@ -74,7 +82,9 @@ _MEMORY_OF_LARGE = {"t": 8192, "m": 8192, "c": 4096, "r": 16384}
 _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large": 1}
 
 # Keys, at any depth, whose values no error shows.
-_SECRET_KEYS = frozenset({"password", "nextPassword", "privateKey", "key", "credentials"})
+_SECRET_KEYS = frozenset(
+    {"password", "nextPassword", "privateKey", "key", "credentials", "clientSecret"}
+)
 
 
 class SettingsError(pulumi.RunError):
@@ -115,6 +125,8 @@ def _one_or_many(value: Any) -> Any:
 
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
 Certificates = Literal["ownCa", "letsencrypt"]
+Version = Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RotationSettings(Model):
@@ -164,6 +176,30 @@ class BackupSettings(Model):
             keep=self.keep_on_host,
             max_age_days=self.max_age_days,
         )
+
+
+class SecurityUpdateSettings(Model):
+    """Whether hosts install the distribution's security updates by themselves.
+
+    `reboot_at` is a time of day in UTC: a host whose update asks for it restarts then. Without it
+    none does.
+    """
+
+    install: bool = True
+    reboot_at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_to_reboot_for(self) -> SecurityUpdateSettings:
+        if self.reboot_at and not self.install:
+            raise ValueError(
+                f"restarts hosts at {self.reboot_at} for updates that they do not install; leave "
+                "rebootAt out or install away"
+            )
+        return self
+
+    def on_host(self) -> SecurityUpdates:
+        """What the host itself does."""
+        return SecurityUpdates(install=self.install, reboot_at=self.reboot_at)
 
 
 class HostSettings(Model):
@@ -278,25 +314,11 @@ class OtherStack(Model):
     sites: Annotated[tuple[HostLabel, ...], Field(min_length=1)]
 
 
-class MasterSettings(HostSettings):
-    """The master Prometheus of this environment, and what it federates beside its own sites."""
-
-    other_stacks: tuple[OtherStack, ...] = ()
-
-    @field_validator("other_stacks")
-    @classmethod
-    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
-        for name, count in Counter(other.stack for other in stacks).items():
-            if count > 1:
-                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
-        return stacks
-
-
 class ReleaseSettings(Model):
     """Another release than the pinned one. The sum is of the linux-amd64 tarball."""
 
-    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    version: Version
+    sha256: Sha256
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
@@ -307,11 +329,64 @@ class PackageSettings(Model):
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+~:-]*$")]
 
 
+class GrafanaSettings(Model):
+    """A Grafana on the master. None is pinned: its builds' addresses hold a number of their own.
+
+    Address and sum stand at https://grafana.com/grafana/download (Open Source, Linux binaries).
+    """
+
+    version: Version
+    sha256: Sha256
+    url: Annotated[str, Field(pattern=r"^https?://.+\.tar\.gz$")]
+
+    def release(self) -> Release:
+        """As the host installs it."""
+        return Release(name="grafana", version=self.version, sha256=self.sha256, url=self.url)
+
+
+class MasterSettings(HostSettings):
+    """The master Prometheus of this environment, and what it federates beside its own sites.
+
+    People come in by `oauth2`, or else by one password; programs by the tokens that are named here.
+    """
+
+    other_stacks: tuple[OtherStack, ...] = ()
+    oauth2: OAuth2Settings | None = None
+    tokens: tuple[TokenName, ...] = ()
+    grafana: GrafanaSettings | None = None
+
+    @field_validator("other_stacks")
+    @classmethod
+    def _each_stack_once(cls, stacks: tuple[OtherStack, ...]) -> tuple[OtherStack, ...]:
+        for name, count in Counter(other.stack for other in stacks).items():
+            if count > 1:
+                raise ValueError(f"names the stack {name!r} {count} times; put its sites together")
+        return stacks
+
+    @field_validator("tokens")
+    @classmethod
+    def _each_token_once(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        for token, count in Counter(tokens).items():
+            if count > 1:
+                raise ValueError(f"names {token} {count} times; give each program its own")
+        return tokens
+
+    @model_validator(mode="after")
+    def _one_way_for_people(self) -> MasterSettings:
+        if self.oauth2 is not None and (self.password or self.next_password):
+            raise ValueError(
+                "has both oauth2 and a password, and with oauth2 nobody comes in by password; "
+                "take out password and nextPassword"
+            )
+        return self
+
+
 class ReleasesSettings(Model):
     """Releases by program."""
 
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
+    oauth2_proxy: Annotated[ReleaseSettings | None, Field(alias="oauth2Proxy")] = None
     nginx: PackageSettings | None = None
 
 
@@ -331,6 +406,7 @@ class Settings(Model):
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
     protect_data: bool
     backup: BackupSettings
+    security_updates: SecurityUpdateSettings
     retention_time: Duration
     scrape_interval: Duration
     evaluation_interval: Duration
@@ -449,10 +525,14 @@ class Settings(Model):
         """A host's name in the zone."""
         return f"{host.host}.{self.zone}"
 
-    def release(self, key: Literal["prometheus", "nodeExporter"]) -> Release:
+    def release(self, key: Literal["prometheus", "nodeExporter", "oauth2Proxy"]) -> Release:
         """The release of a program: the pinned one unless the settings name another."""
         pinned = RELEASES[key]
-        chosen = self.releases.prometheus if key == "prometheus" else self.releases.node_exporter
+        chosen: ReleaseSettings | None = {
+            "prometheus": self.releases.prometheus,
+            "nodeExporter": self.releases.node_exporter,
+            "oauth2Proxy": self.releases.oauth2_proxy,
+        }[key]
         if chosen is None:
             return pinned
         official = _official(pinned.name, chosen.version, chosen.sha256)

@@ -28,7 +28,7 @@ from components.pki import LeafArgs, LeafCertificate
 from hostfiles import bundle, cloud_init, public_certificate
 from hostfiles.duration import milliseconds
 from hostfiles.files import File, HostFiles
-from hostfiles.model import Server, ServerSecrets
+from hostfiles.model import Credential, Server, ServerSecrets
 from hostfiles.prometheus import LOCAL_USER
 from settings import HostSettings
 
@@ -217,6 +217,7 @@ class Host(pulumi.ComponentResource):
                 retention_time=settings.retention_time,
                 rule_files=settings.rule_file_contents(),
                 backup=settings.backup.on_host(),
+                security_updates=settings.security_updates.on_host(),
                 jump_ports=self._host.jump_ports,
                 acme=settings.acme_of(self._host),
                 **known,
@@ -224,9 +225,12 @@ class Host(pulumi.ComponentResource):
         )
 
     def secrets(
-        self, kind: type[T], remote: RotatingCredential, **special: Input[Any]
+        self, kind: type[T], remote: Sequence[Output[Credential]], **special: Input[Any]
     ) -> Output[T]:
-        """The secrets of this machine, with what is special to its kind."""
+        """The secrets of this machine, with what is special to its kind.
+
+        `remote` are the users that come in from elsewhere.
+        """
         return Output.secret(
             Output.all(
                 prometheus_leaf=self._leaves.prometheus.leaf,
@@ -235,7 +239,7 @@ class Host(pulumi.ComponentResource):
                 local=self._local.credential,
                 exporter=self.exporters.current if self.exporters else None,
                 jobs={job.name: job.secrets() for job in self._host.jobs},
-                remote=remote.accepted,
+                remote=remote,
                 **special,
             ).apply(lambda known: kind(**known))
         )

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pulumi
+import pulumi_random as random
 from pulumi import Input, Output, ResourceOptions
 
-from components.credentials import RotatingCredential, Rotation, password
+from components.credentials import (
+    PASSWORD_LENGTH,
+    RandomCredential,
+    RotatingCredential,
+    Rotation,
+    password,
+)
 from components.environment import Environment
 from components.federation import remote_sites
 from components.firewall import Table, TableOf
+from components.generations import numbered
 from components.host import Host, HostAddress
 from components.lookups import Network
 from components.node_exporter import monitor
 from components.slave import Slave
-from hostfiles import firewall, master
+from door_settings import HTTPS_PORT
+from hostfiles import firewall, grafana, master
 from hostfiles.model import MasterSecrets, MasterServer
 from settings import FEDERATION_PORT, UI_PORT, MasterSettings
 
 UI_USER = "prometheus-admin"
+# As whom nginx comes to what is behind it.
+NGINX_USER = "nginx"
+# oauth2-proxy takes an AES key of this length.
+COOKIE_SECRET_LENGTH = 32
 
 
 class Master(pulumi.ComponentResource):
@@ -29,7 +42,11 @@ class Master(pulumi.ComponentResource):
     """
 
     host: Host
-    ui: RotatingCredential
+    # None where people log in elsewhere.
+    ui: RotatingCredential | None
+    tokens: Mapping[str, Output[str]]
+    # For a Grafana anywhere else: how it asks this master.
+    grafana_data_source: str
 
     def __init__(
         self,
@@ -55,23 +72,40 @@ class Master(pulumi.ComponentResource):
             environment,
             opts=child_opts,
         )
-        self.ui = RotatingCredential(
-            f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
+        self._name, self._settings = name, settings
+        self.ui = None
+        if settings.oauth2 is None:
+            self.ui = RotatingCredential(
+                f"{name}-ui", UI_USER, Rotation(**settings.own_password), opts=child_opts
+            )
+        names = {*settings.tokens, *([grafana.TOKEN] if settings.grafana else [])}
+        self.tokens = {token: self._create_token(token) for token in sorted(names)}
+        self.grafana_data_source = grafana.data_source(
+            url=f"https://{address.fqdn}",
+            server_name=address.fqdn,
+            scrape_interval=environment.settings.scrape_interval,
         )
         server = self.host.server(
             MasterServer,
             external_labels={},
             sites=(*(slave.site for slave in slaves), *(site.site for site in remote)),
             ui_port=UI_PORT,
+            oauth2=settings.oauth2.public() if settings.oauth2 else None,
+            oauth2_proxy=environment.settings.release("oauth2Proxy"),
+            grafana=settings.grafana.release() if settings.grafana else None,
         )
         secrets = self.host.secrets(
             MasterSecrets,
-            self.ui,
+            self.ui.accepted if self.ui else [],
             site_passwords={
                 **{slave.site.site: password(slave.federation.current) for slave in slaves},
                 **{site.name: site.password for site in remote},
             },
             site_trusts={site.name: site.trust for site in remote},
+            nginx=RandomCredential(f"{name}-nginx", NGINX_USER, opts=child_opts).credential,
+            tokens=self.tokens,
+            **self._create_oauth2_secrets(),
+            **self._create_grafana_secrets(),
         )
         self.host.boot(
             server.apply(master.host_files),
@@ -85,9 +119,39 @@ class Master(pulumi.ComponentResource):
         """What a person needs to know of the master."""
         return {
             "url": f"https://{self.host.address.fqdn}",
-            "user": self.ui.user,
+            **({"user": self.ui.user} if self.ui else {}),
             **self.host.outputs,
         }
+
+    def _create_token(self, token: str) -> Output[str]:
+        """A program's token. Its name is in it: who finds one somewhere knows which to revoke."""
+        made = self._create_random(f"token-{token}", PASSWORD_LENGTH)
+        return Output.secret(Output.concat(token, "_", made))
+
+    def _create_oauth2_secrets(self) -> dict[str, Output[str]]:
+        oauth2 = self._settings.oauth2
+        if oauth2 is None:
+            return {}
+        # Another one ends every session.
+        cookie = numbered("cookie", self._settings.rotation.password)
+        return {
+            "client_secret": Output.secret(oauth2.client_secret.get_secret_value()),
+            "cookie_secret": self._create_random(cookie, COOKIE_SECRET_LENGTH),
+        }
+
+    def _create_grafana_secrets(self) -> dict[str, Output[str]]:
+        if self._settings.grafana is None:
+            return {}
+        return {"grafana_key": self._create_random("grafana-key", PASSWORD_LENGTH)}
+
+    def _create_random(self, purpose: str, length: int) -> Output[str]:
+        made = random.RandomPassword(
+            f"{self._name}-{purpose}-password",
+            length=length,
+            special=False,
+            opts=ResourceOptions(parent=self),
+        )
+        return Output.secret(made.result)
 
 
 def _table(settings: MasterSettings, environment: Environment) -> TableOf:
@@ -102,6 +166,8 @@ def _table(settings: MasterSettings, environment: Environment) -> TableOf:
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
             acme=environment.settings.acme_of(settings),
+            provider_cidrs=settings.oauth2.cidrs if settings.oauth2 else (),
+            provider_port=settings.oauth2.port if settings.oauth2 else HTTPS_PORT,
         )
 
     return with_network

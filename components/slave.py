@@ -104,7 +104,7 @@ class Slave(pulumi.ComponentResource):
     def boot(self, master: Master | None) -> None:
         """Boots it. A renewed password, and a public authority, the master learns first."""
         server = self._server
-        secrets = self.host.secrets(ServerSecrets, self.federation)
+        secrets = self.host.secrets(ServerSecrets, self.federation.accepted)
         public = self._environment.settings.acme_of(self._settings) is not None
         master_first = public or self._settings.rotation.password > 1
         self.host.boot(

@@ -16,21 +16,26 @@ import yaml
 from hostfiles import (
     backup,
     firewall,
+    grafana,
     nginx,
     nginx_package,
     node_exporter,
+    oauth2_proxy,
     programs,
     prometheus,
     public_certificate,
+    system,
 )
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
 
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/user-data.html
 LIMIT = 16_384
+# Of no use before the first bundle.
+_NEVER = (*grafana.PATHS, *system.PATHS)
 # In this order.
 _LEFT_OUT = (
-    (*backup.PATHS, *nginx_package.PATHS, *public_certificate.PATHS),
+    (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS, *public_certificate.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )
@@ -47,7 +52,7 @@ def user_data(host: HostFiles, *, first_contact_key: str, first_contact_public: 
         raise ValueError(f"secret files must not enter user-data: {', '.join(secret)}")
     data = b""
     for count in range(len(_LEFT_OUT) + 1):
-        left_out = tuple(path for paths in _LEFT_OUT[:count] for path in paths)
+        left_out = tuple(path for paths in (_NEVER, *_LEFT_OUT[:count]) for path in paths)
         files = [file for file in host.files if not file.path.startswith(left_out)]
         data = _compress(_config(host, files, first_contact_key, first_contact_public))
         if len(data) <= LIMIT:

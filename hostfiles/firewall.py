@@ -79,13 +79,17 @@ def master_rules(
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
     acme: Acme | None = None,
+    provider_cidrs: Sequence[str] = (),
+    provider_port: int = 443,
 ) -> tuple[Rule, ...]:
     """A master: operators on its pages and on SSH, out to each slave and to its own targets.
 
-    `slaves` gives the CIDR and port of each site, by site.
+    `slaves` gives the CIDR and port of each site, by site; `provider_…` say where people log in.
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
     base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
+    provider = _each("egress", "out-provider", provider_port, provider_cidrs, "Log-ins")
+    base = (*base, *_unless_allowed(provider, base))
     base = (*base, *_acme(acme, base))
     return (
         *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
@@ -204,25 +208,14 @@ def _acme(acme: Acme | None, others: Iterable[Rule]) -> tuple[Rule, ...]:
     out = _each("egress", "out-acme", acme.port, [ANYWHERE], "ACME server")
     return (
         *_each("ingress", "acme", CHALLENGE_PORT, [ANYWHERE], "ACME challenge"),
-        *(rule for rule in out if not _allowed(rule, others)),
-    )
-
-
-def _allowed(wanted: Rule, rules: Iterable[Rule]) -> bool:
-    return any(
-        (rule.direction, rule.protocol, rule.port, rule.cidr)
-        == (wanted.direction, wanted.protocol, wanted.port, wanted.cidr)
-        for rule in rules
+        *_unless_allowed(out, others),
     )
 
 
 def _targets(
     jobs: Iterable[Job], named_cidrs: Sequence[str], others: Iterable[Rule]
 ) -> tuple[Rule, ...]:
-    """One rule for each port and network, whichever jobs share them.
-
-    A security group refuses the same rule twice, so what `others` allow is left out.
-    """
+    """One rule for each port and network that jobs need, but for what `others` allow."""
     wanted: set[tuple[int, str]] = set()
     for job in jobs:
         for target in job.targets:
@@ -233,12 +226,7 @@ def _targets(
             except ipaddress.AddressValueError:
                 wanted.update((int(port), cidr) for cidr in named_cidrs)
         wanted.update((port, cidr) for port in job.discovered_ports for cidr in named_cidrs)
-    allowed = {
-        (rule.port, rule.cidr)
-        for rule in others
-        if rule.direction == "egress" and rule.protocol == "tcp"
-    }
-    return tuple(
+    rules = (
         Rule(
             name=f"out-target-{port}-{_slug(cidr)}",
             direction="egress",
@@ -247,7 +235,18 @@ def _targets(
             cidr=cidr,
             description="Scrape targets",
         )
-        for port, cidr in sorted(wanted - allowed)
+        for port, cidr in sorted(wanted)
+    )
+    return _unless_allowed(rules, others)
+
+
+def _unless_allowed(rules: Iterable[Rule], others: Iterable[Rule]) -> tuple[Rule, ...]:
+    """A security group refuses the same rule twice."""
+    allowed = {(rule.direction, rule.protocol, rule.port, rule.cidr) for rule in others}
+    return tuple(
+        rule
+        for rule in rules
+        if (rule.direction, rule.protocol, rule.port, rule.cidr) not in allowed
     )
 
 

@@ -129,6 +129,14 @@ class Backup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecurityUpdates:
+    """Whether a host installs them by itself, and when (`04:00`) it may restart for one."""
+
+    install: bool = True
+    reboot_at: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """What slave and master share, and nobody needs to keep secret.
 
@@ -160,6 +168,7 @@ class Server:
     backup: Backup
     jump_ports: tuple[int, ...] = ()
     nginx_version: str | None = None
+    security_updates: SecurityUpdates = SecurityUpdates()
     acme: Acme | None = None
 
 
@@ -173,11 +182,35 @@ class SlaveServer(Server):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OAuth2:
+    """The provider at which people log in, and who of them may come in.
+
+    `ca` verifies the provider: a PEM text, or `system`. An empty `scope` is oauth2-proxy's own.
+    """
+
+    issuer: str
+    client_id: str
+    allowed_groups: tuple[str, ...]
+    email_domains: tuple[str, ...]
+    scope: str
+    ca: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MasterServer(Server):
-    """A master and the sites that it federates."""
+    """A master and the sites that it federates.
+
+    With `oauth2` people log in there, by the release `oauth2_proxy`; without it by a password.
+    `alertmanager`: nginx serves the one on loopback at /alertmanager/. `grafana`: the release of
+    one beside it.
+    """
 
     sites: tuple[FederatedSite, ...]
     ui_port: int
+    oauth2: OAuth2 | None = None
+    oauth2_proxy: Release
+    alertmanager: bool = False
+    grafana: Release | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +266,21 @@ class SiteTrust:
 
 @dataclass(frozen=True, kw_only=True)
 class MasterSecrets(ServerSecrets):
-    """The password by which the master comes in at each site, and the trust of another stack's.
+    """The password by which the master comes in at each site, and what its door needs.
 
-    A site that `site_trusts` does not know is of this stack, and trusts the same CA.
+    A site that `site_trusts` does not know is of this stack, and trusts the same CA. `nginx` is as
+    whom nginx comes to what is behind it, whoever came to nginx. `tokens` are those of programs, by
+    name; `client_secret` and `cookie_secret` are oauth2-proxy's; by `grafana_key` the master's
+    Grafana encrypts its database.
     """
 
     site_passwords: Mapping[str, str] = field(repr=False)
     site_trusts: Mapping[str, SiteTrust] = field(default_factory=dict)
+    nginx: Credential
+    tokens: Mapping[str, str] = field(repr=False)
+    client_secret: str = field(default="", repr=False)
+    cookie_secret: str = field(default="", repr=False)
+    grafana_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

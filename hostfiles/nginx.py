@@ -1,4 +1,4 @@
-"""nginx, before the Prometheus of a slave (for its master) or of the master (for people).
+"""nginx, before the Prometheus of a slave (for its master) or of the master (for people, programs).
 
 Its configuration is a main one of its own; the package's files stay as they are.
 https://nginx.org/en/docs/
@@ -6,12 +6,24 @@ https://nginx.org/en/docs/
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
+from hashlib import md5
+from typing import cast
 
 from hostfiles import public_certificate
 from hostfiles.duration import milliseconds
 from hostfiles.files import Check, File, Unit
-from hostfiles.model import Credential, MasterServer, Server, ServerSecrets, SlaveServer
+from hostfiles.grafana import PORT as GRAFANA_PORT
+from hostfiles.model import (
+    Credential,
+    MasterSecrets,
+    MasterServer,
+    Server,
+    ServerSecrets,
+    SlaveServer,
+)
+from hostfiles.oauth2_proxy import PORT as OAUTH2_PORT
 from hostfiles.templates import render
 
 FOLDER = "/etc/nginx"
@@ -41,6 +53,7 @@ def files(server: Server) -> tuple[File, ...]:
     return (
         File(path=CONFIG, content=_configuration(server)),
         File(path=f"{FOLDER}/tls/ca.pem", content=server.ca_bundle),
+        File(path=f"{FOLDER}/nobody.htpasswd", content="# Nobody has a password here.\n"),
         File(
             path=DROP_IN,
             content=render(
@@ -52,26 +65,42 @@ def files(server: Server) -> tuple[File, ...]:
     )
 
 
-def secret_files(secrets: ServerSecrets) -> tuple[File, ...]:
-    """Its key and certificate, and the cheap hashes of those who may come in."""
+def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
+    """Its key and certificate, digests and cheap hashes of those who may come in, and on a master
+    what it says itself to what is behind it."""
     leaf = secrets.nginx_leaf
+    master = secrets if isinstance(secrets, MasterSecrets) else None
+    tokens = master.tokens if master else {}
+    shown = {
+        **{f"{user.user}/": _basic(user) for user in secrets.remote},
+        **{f"/{name}": token for name, token in tokens.items()},
+    }
+    callers = (f'"{who}" "{_digest(server, text)}";\n' for who, text in sorted(shown.items()))
     return (
         File(path=f"{FOLDER}/tls/server.crt", content=leaf.certificate),
-        File(
-            path=f"{FOLDER}/tls/server.key",
-            content=leaf.key,
-            group=GROUP,
-            mode=0o640,
-            secret=True,
-        ),
-        File(
-            path=f"{FOLDER}/users.htpasswd",
-            content=_htpasswd(secrets.remote),
-            group=GROUP,
-            mode=0o640,
-            secret=True,
+        _secret("tls/server.key", leaf.key),
+        _secret("users.htpasswd", _htpasswd(secrets.remote)),
+        _secret("callers.map", "".join(callers)),
+        *(
+            [
+                _secret(
+                    "upstream.conf",
+                    f'proxy_set_header Authorization "Basic {_basic(master.nginx)}";\n',
+                )
+            ]
+            if master
+            else []
         ),
     )
+
+
+def upstream_users(secrets: ServerSecrets) -> tuple[Credential, ...]:
+    """As whom nginx comes to what is behind it: on a master as itself, on a slave as its client."""
+    return (secrets.nginx,) if isinstance(secrets, MasterSecrets) else secrets.remote
+
+
+def _secret(path: str, content: str) -> File:
+    return File(path=f"{FOLDER}/{path}", content=content, group=GROUP, mode=0o640, secret=True)
 
 
 CHECKS = (
@@ -116,7 +145,6 @@ def _configuration(server: Server) -> str:
         "port": _port(server),
         "tls_ciphers": TLS_CIPHERS,
         "tls_curves": TLS_CURVES,
-        "users_file": "users.htpasswd",
         "public_certificate": public_certificate.INCLUDE if server.acme else "",
         "keepalive_seconds": max(
             KEEPALIVE_MIN_SECONDS, 2 * milliseconds(server.scrape_interval) // 1000
@@ -128,13 +156,20 @@ def _configuration(server: Server) -> str:
             **common,
             site=server.site,
             master_names=server.master_names,
+            oauth2=False,
             max_body="1k",
             read_timeout="15s",
         )
+    # _port has refused any other.
+    master = cast(MasterServer, server)
     return render(
         "nginx/master.conf.j2",
         **common,
         site="master",
+        oauth2=master.oauth2 is not None,
+        oauth2_port=OAUTH2_PORT,
+        alertmanager=master.alertmanager,
+        grafana_port=GRAFANA_PORT if master.grafana else None,
         max_body="64k",
         # Prometheus gives up a query after two minutes.
         read_timeout="125s",
@@ -147,6 +182,23 @@ def _port(server: Server) -> int:
     if isinstance(server, MasterServer):
         return server.ui_port
     raise TypeError(f"{type(server).__name__} is neither a slave nor a master")
+
+
+def _basic(user: Credential) -> str:
+    """What a client shows of a user. https://datatracker.ietf.org/doc/html/rfc7617."""
+    return base64.b64encode(f"{user.user}:{user.password}".encode()).decode()
+
+
+def _digest(server: Server, shown: str) -> str:
+    """What nginx knows of a password or token: it can compute no other digest than MD5.
+
+    What is hashed has at least 24 characters, so that MD5's weakness (two texts of one's own choice
+    with one digest) is of no use; and this digest alone opens nothing to a user: it only tells
+    whose password is worth hashing.
+    https://nginx.org/en/docs/http/ngx_http_secure_link_module.html#secure_link_md5
+    """
+    digest = md5(f"{server.fqdn} {shown}".encode(), usedforsecurity=False).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def _htpasswd(users: Iterable[Credential]) -> str:

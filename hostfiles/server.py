@@ -13,6 +13,7 @@ from hostfiles import (
     prometheus,
     public_certificate,
     sshd,
+    system,
 )
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import Server, ServerSecrets
@@ -20,7 +21,7 @@ from hostfiles.releases import directory
 from hostfiles.web_config import web_config
 
 # e2fsprogs is part of every cloud image, but not of every image.
-PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw")
+PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw", "unattended-upgrades")
 
 
 def host_files(server: Server) -> HostFiles:
@@ -35,6 +36,7 @@ def host_files(server: Server) -> HostFiles:
             *nginx_package.files(server),
             *firewall.files(server.rules),
             *sshd.files(server),
+            *system.files(server.security_updates),
         ),
         checks=(
             *prometheus.checks(server),
@@ -44,12 +46,14 @@ def host_files(server: Server) -> HostFiles:
             *nginx_package.checks(server),
             *firewall.CHECKS,
             *sshd.CHECKS,
+            *system.CHECKS,
             programs.check(server),
         ),
         # The firewall first: nothing starts to listen before it stands.
         units=(
             firewall.UNIT,
             sshd.UNIT,
+            *system.units(server.security_updates),
             programs.DATA_VOLUME_UNIT,
             prometheus.UNIT,
             node_exporter.UNIT,
@@ -73,14 +77,14 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
                 certificate="tls/prometheus.crt",
                 key="tls/prometheus.key",
                 ca="tls/ca.pem",
-                users=[*secrets.remote, secrets.local],
+                users=[*nginx.upstream_users(secrets), secrets.local],
             ),
             group=prometheus.GROUP,
             mode=0o640,
             secret=True,
         ),
         *node_exporter.secret_files(server, secrets),
-        *nginx.secret_files(secrets),
+        *nginx.secret_files(server, secrets),
         certificates.metrics(
             {
                 **prometheus.certificate_ends(server, secrets),

@@ -19,6 +19,7 @@ import pulumi
 from rich.console import Console
 from rich.table import Table
 
+from hostfiles.model import Release
 from sandbox import acme, host, image, machine, releases, snapshots, stacks, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
@@ -162,16 +163,23 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _wanted(project: Project) -> dict[str, Release]:
+    """The releases that these settings use, by their keys."""
+    master = project.config.get(f"{project.name}:master") or {}
+    return {key: pin for key, pin in RELEASES.items() if key != "oauth2Proxy" or "oauth2" in master}
+
+
 def _converge(
     plan: Plan, project: Project, given: World, steps: Steps
 ) -> tuple[Changes, State, Mapping[str, Any], Mapping[str, LocalRelease]]:
+    wanted = _wanted(project)
     with ThreadPoolExecutor() as side_by_side:
         fetching = side_by_side.submit(
             releases.ensure_releases,
             steps,
             [
                 Pin(name=r.name, version=r.version, url=r.url, sha256=r.sha256)
-                for r in RELEASES.values()
+                for r in wanted.values()
             ],
         )
         base = image.ensure_image(steps)
@@ -183,10 +191,10 @@ def _converge(
                 "sha256": local[pin.name].sha256,
                 "url": local[pin.name].url,
             }
-            for key, pin in RELEASES.items()
+            for key, pin in wanted.items()
         } | dict(project.config.get(f"{project.name}:releases", {}))
         config = {**project.config, f"{project.name}:releases": chosen}
-        for key, pin in RELEASES.items():
+        for key, pin in wanted.items():
             if chosen[key]["sha256"] != local[pin.name].sha256:
                 local[pin.name] = replace(
                     local[pin.name], version=chosen[key]["version"], origin="as the settings say"
@@ -231,10 +239,7 @@ def _write_outputs(plan: Plan, stack: Path, outputs: Mapping[str, Any]) -> None:
         "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in _servers(known)),
     }
     if "master" in known:
-        files["master.curl"] = (
-            f'user = "{known["master"]["user"]}:{known["masterPassword"]}"\n'
-            f'cacert = "{folder / "ca.pem"}"\n'
-        )
+        files["master.curl"] = f'{_login(known)}cacert = "{folder / "ca.pem"}"\n'
     for name, content in files.items():
         path = folder / name
         if not path.exists() or path.read_text() != content:
@@ -248,6 +253,14 @@ def _write_outputs(plan: Plan, stack: Path, outputs: Mapping[str, Any]) -> None:
             part.chmod(0o711)
     for path in (folder, *folder.iterdir()):
         os.chown(path, int(os.environ.get("SUDO_UID", "0")), int(os.environ.get("SUDO_GID", "0")))
+
+
+def _login(known: Mapping[str, Any]) -> str:
+    """How curl comes in at the master: by the password, or else by the first token if any."""
+    if "masterPassword" in known:
+        return f'user = "{known["master"]["user"]}:{known["masterPassword"]}"\n'
+    tokens = list(known["masterTokens"].values())
+    return "".join(f'header = "Authorization: Bearer {token}"\n' for token in tokens[:1])
 
 
 def _show(plan: Plan, console: Console) -> bool:
@@ -294,11 +307,13 @@ def _tell_master(folder: Path, state: State, console: Console) -> None:
     address = master["publicIp"]
     try:
         pages = MasterApi.of(state.outputs).has_pages()
-    except httpx.HTTPError:
+    except (httpx.HTTPError, SandboxError):
         pages = False
     lines = [
         f"query     curl -K {folder / 'master.curl'} 'https://{address}/api/v1/query?query=up'",
-        f"user      {master['user']}, password in {folder / 'master.curl'}",
+        f"user      {master['user']}, password in {folder / 'master.curl'}"
+        if "user" in master
+        else "user      people log in at the provider of the settings",
         f"shell     make ssh NAME={_name(master)}",
     ]
     if pages:

@@ -6,6 +6,7 @@ that is verified against the stack's CA.
 
 from __future__ import annotations
 
+import base64
 import ssl
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Sample:
 class MasterApi:
     """The master's API as an operator uses it, at its name; `address` is its public IP."""
 
-    def __init__(self, name: str, address: str, user: str, password: str, ca: str) -> None:
+    def __init__(self, name: str, address: str, authorization: str, ca: str) -> None:
         # A public authority's certificate is of the name alone.
         self._named: Mapping[str, Any] = {
             "headers": {"Host": name},
@@ -44,7 +45,7 @@ class MasterApi:
         }
         self._base = f"https://{address}"
         self._client = httpx.Client(
-            auth=(user, password),
+            headers={"Authorization": authorization},
             verify=ssl.create_default_context(cadata=ca),
             timeout=10,
             trust_env=False,
@@ -57,8 +58,7 @@ class MasterApi:
         return cls(
             master["host"],
             master["publicIp"],
-            master["user"],
-            plain(outputs["masterPassword"]),
+            authorization(plain(outputs)),
             plain(outputs["caCertificate"]),
         )
 
@@ -86,6 +86,22 @@ class MasterApi:
             for row in self.get("query", query=range_selector)["result"]
             for timestamp, value in row["values"]
         ]
+
+
+def authorization(known: Mapping[str, Any]) -> str:
+    """How an operator comes in: by the password, or where people log in elsewhere by a token.
+
+    `known` are a stack's outputs, secrets unwrapped.
+    """
+    if "masterPassword" in known:
+        pair = f"{known['master']['user']}:{known['masterPassword']}"
+        return f"Basic {base64.b64encode(pair.encode()).decode()}"
+    if not known["masterTokens"]:
+        raise SandboxError(
+            "With master.oauth2 only people with a browser come in, and nothing proves federation.",
+            "Name a token in master.tokens, or leave the proof out: up --no-verify.",
+        )
+    return f"Bearer {next(iter(known['masterTokens'].values()))}"
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,9 @@
 """Program releases for the sandbox's machines, and the server that they download them from.
 
 The pinned official tarball where the release host can be reached, else the same program as
-Debian builds it, put into a tarball of the official layout. Which of the two it is, is said in
-`LocalRelease.origin`. Once they are in the cache no network is needed.
+Debian builds it, or as Go builds it here where Debian has none, put into a tarball of the official
+layout. Which of them it is, is said in `LocalRelease.origin`. Once they are in the cache no
+network is needed.
 """
 
 import fcntl
@@ -52,6 +53,32 @@ _DEBIAN: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class _GoModule:
+    """Where Go finds a program's sources. `programs` are packages in it, `stamp` a variable of its
+    version. https://go.dev/ref/mod"""
+
+    path: str
+    programs: dict[str, str]
+    stamp: str
+
+
+_GO = {
+    "prometheus": _GoModule(
+        path="github.com/prometheus/prometheus",
+        programs={"prometheus": "/cmd/prometheus", "promtool": "/cmd/promtool"},
+        stamp="github.com/prometheus/common/version.Version",
+    ),
+    "oauth2-proxy": _GoModule(
+        path="github.com/oauth2-proxy/oauth2-proxy/v7",
+        programs={"oauth2-proxy": ""},
+        stamp="github.com/oauth2-proxy/oauth2-proxy/v7/pkg/version.VERSION",
+    ),
+}
+# Where https://go.dev/doc/install puts it.
+_GO_BIN = "/usr/local/go/bin"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pin:
     """The official release that is wanted: its tarball's address and sha256 (hex)."""
 
@@ -91,7 +118,7 @@ def ensure_releases(progress: Progress, pins: Sequence[Pin]) -> dict[str, LocalR
             return found
         _remove_leftovers()
         with progress("Fetching the program releases"):
-            releases = _fetch_official(pins) or _repackage(pins)
+            releases = _fetch_official(pins) or _stand_ins(pins)
             for release in releases:
                 _unpack_tools(release)
             _write_index(index, releases)
@@ -123,6 +150,45 @@ def add(name: str, version: str, files: dict[str, Path], origin: str) -> LocalRe
     """Put a release that is made of these programs into the cache."""
     RELEASES_DIR.mkdir(parents=True, exist_ok=True)
     return _pack_release(name, version, files, origin)
+
+
+def go_build(name: str, version: str) -> dict[str, Path]:
+    """The programs of a release, built here from their Go module; kept in the cache.
+
+    Without the web pages, if it has any. Raises SandboxError where there is no Go or no module.
+    """
+    module = _GO[name]
+    folder = RELEASES_DIR / f"built-{name}-{version}"
+    if not folder.exists():
+        path = f"{os.environ['PATH']}:{_GO_BIN}"
+        if not shutil.which("go", path=path):
+            raise SandboxError(
+                f"{name} {version} is out of reach, and there is no Go to build it.",
+                "Connect this machine to the internet, or install Go: https://go.dev/doc/install",
+            )
+        work = folder.with_name(f"tmp-{folder.name}")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        stamp = f"-s -w -X {module.stamp}={version}"
+        build = ["build", "-mod=mod", "-trimpath", "-ldflags", stamp]
+        for arguments in (
+            ["mod", "init", "built"],
+            ["get", f"{module.path}@{_module_version(name, version)}"],
+            *([*build, "-o", file, module.path + at] for file, at in module.programs.items()),
+        ):
+            environment = {**os.environ, "PATH": path, "CGO_ENABLED": "0"}
+            argv = kill_with_parent(["go", "-C", work, *arguments])
+            run(argv, env=environment, timeout=1800)
+        work.rename(folder)
+    return {file: folder / file for file in module.programs}
+
+
+def _module_version(name: str, version: str) -> str:
+    if name != "prometheus":
+        return f"v{version}"
+    # Prometheus's module is at 0.<major><minor, two digits>.<patch>.
+    major, minor, patch = version.split(".")
+    return f"v0.{major}{int(minor):02}.{patch}"
 
 
 def tool(name: str) -> Path:
@@ -216,14 +282,13 @@ def _download(pin: Pin) -> LocalRelease:
     )
 
 
+def _stand_ins(pins: Sequence[Pin]) -> list[LocalRelease]:
+    packaged = [pin for pin in pins if pin.name in _DEBIAN]
+    built = [_build(pin) for pin in pins if pin.name not in _DEBIAN]
+    return [*(_repackage(packaged) if packaged else []), *built]
+
+
 def _repackage(pins: Sequence[Pin]) -> list[LocalRelease]:
-    unknown = [pin.name for pin in pins if pin.name not in _DEBIAN]
-    if unknown:
-        raise SandboxError(
-            f"The official releases of {', '.join(unknown)} are out of reach, and no Debian "
-            "package stands in for them.",
-            "Connect this machine to the internet once.",
-        )
     work = RELEASES_DIR / "tmp-debian"
     packages = [package for pin in pins for package in _DEBIAN[pin.name][0]]
     _download_debian(work, packages, FALLBACK_SUITE)
@@ -231,6 +296,11 @@ def _repackage(pins: Sequence[Pin]) -> list[LocalRelease]:
         releases = list(pool.map(lambda pin: _repackage_one(pin.name, work, FALLBACK_SUITE), pins))
     shutil.rmtree(work)
     return releases
+
+
+def _build(pin: Pin) -> LocalRelease:
+    programs = go_build(pin.name, pin.version)
+    return _pack_release(pin.name, pin.version, programs, "built from its Go module")
 
 
 def _download_debian(work: Path, packages: Sequence[str], suite: str) -> None:

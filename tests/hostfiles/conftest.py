@@ -207,6 +207,7 @@ def master_server(
             "backup": Backup(interval_hours=24, keep=3, max_age_days=7),
             "sites": sites,
             "ui_port": 443,
+            "oauth2_proxy": release("oauth2-proxy", "7.15.4"),
         }
         return MasterServer(**{**values, **changed})
 
@@ -246,6 +247,8 @@ def master_secrets(leaves: dict[str, Leaf]) -> Callable[..., MasterSecrets]:
             "remote": (credential("admin", "U" * 48),),
             "local": credential("local", "L" * 48),
             "site_passwords": {"dublin": "R" * 48},
+            "nginx": credential("nginx", "N" * 48),
+            "tokens": {"grafana": f"grafana_{'T' * 48}"},
         }
         return MasterSecrets(**{**values, **changed})
 
@@ -349,7 +352,8 @@ def tool_image(tmp_path_factory: pytest.TempPathFactory) -> ToolImage:
     image = ensure_image(progress, installed_packages=("nginx", "ufw"))
     pins = [
         Pin(name=pin.name, version=pin.version, sha256=pin.sha256, url=pin.url)
-        for pin in RELEASES.values()
+        for key, pin in RELEASES.items()
+        if key != "oauth2Proxy"
     ]
     found = ensure_releases(progress, pins)
     layer = tmp_path_factory.mktemp("layer")

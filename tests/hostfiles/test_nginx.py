@@ -77,7 +77,7 @@ SHUT = [
     ("PUT", "/api/v1/query"),
 ]
 
-_LOCATION = re.compile(r"^ {8}location (=|~)? ?(\S+) \{\n(.*?)^ {8}\}", re.MULTILINE | re.DOTALL)
+LOCATION = re.compile(r"^ {8}location (=|~)? ?(\S+) \{\n(.*?)^ {8}\}", re.MULTILINE | re.DOTALL)
 
 
 def lets_through(host: HostFiles, method: str, path: str) -> bool:
@@ -86,7 +86,7 @@ def lets_through(host: HostFiles, method: str, path: str) -> bool:
     https://nginx.org/en/docs/http/ngx_http_core_module.html#location
     """
     config = next(f.content for f in host.files if f.path == "/etc/nginx/federation.conf")
-    locations = _LOCATION.findall(config)
+    locations = LOCATION.findall(config)
     assert len(locations) == config.count("location ")
     bodies = {kind: body for kind, name, body in locations if name == path or not kind}
     for kind, expression, body in locations:

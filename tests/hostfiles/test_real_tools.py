@@ -60,6 +60,7 @@ CHECKS = [
     "ufw's user.rules",
     "ufw's user6.rules",
     "sshd's drop-in",
+    "apt's configuration",
     "systemd units",
 ]
 
@@ -158,6 +159,20 @@ def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFil
             "MaxAuthTries",
             "MaxAuthTry",
             "MaxAuthTry",
+        ),
+        (
+            "sshd's drop-in",
+            "/etc/ssh/sshd_config.d/10-federation.conf",
+            "PubkeyAcceptedAlgorithms ssh-ed25519",
+            "PubkeyAcceptedAlgorithms ssh-dsa",
+            "ssh-dsa",
+        ),
+        (
+            "apt's configuration",
+            "/etc/apt/apt.conf.d/60federation",
+            "Origins-Pattern {",
+            "Origins-Pattern { {",
+            "60federation",
         ),
         (
             "systemd units",

@@ -32,12 +32,14 @@ _BODY_BYTES = 2_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """Who knocks: the certificate and key (PEM) that it shows, its password, whom it trusts."""
+    """Who knocks: the certificate and key (PEM) that it shows, its password or token, whom it
+    trusts."""
 
     certificate: str = ""
     key: str = field(default="", repr=False)
     user: str = ""
     password: str = field(default="", repr=False)
+    token: str = field(default="", repr=False)
     ca: str = field(default="", repr=False)
 
     def but(self, **changes: str) -> Client:
@@ -56,7 +58,10 @@ class Door:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request. `tls` pins a version (1.2 or 1.3); with `connect` no byte is sent at all."""
+    """One request. `tls` pins a version (1.2 or 1.3); with `connect` no byte is sent at all.
+
+    `raw` is sent as it is, in place of all that would make a request of it.
+    """
 
     door: Door
     client: Client = field(default_factory=Client)
@@ -64,16 +69,21 @@ class Request:
     method: str = "GET"
     tls: str = ""
     connect: bool = False
+    raw: str = field(default="", repr=False)
     timeout: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """`status` of HTTP, or 0 and in `why` what happened before there was one."""
+    """`status` of HTTP, or 0 and in `why` what happened before there was one.
+
+    `seconds` are from the request, on a new connection that stands, to the last byte of its answer.
+    """
 
     status: int = 0
     why: str = ""
     body: str = field(default="", repr=False)
+    seconds: float = 0.0
 
     @property
     def short(self) -> int | str:
@@ -177,9 +187,30 @@ def _exchange(stream: socket.socket, request: dict[str, Any]) -> Answer:
     if client["user"]:
         pair = f"{client['user']}:{client['password']}".encode()
         headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+    elif client["token"]:
+        headers["Authorization"] = f"Bearer {client['token']}"
+    if request["raw"]:
+        return _exchange_raw(stream, request["raw"])
+    began = time.monotonic()
     connection.request(request["method"], request["path"], headers=headers)
     answer = connection.getresponse()
-    return Answer(status=answer.status, body=answer.read(_BODY_BYTES).decode(errors="replace"))
+    body = answer.read(_BODY_BYTES).decode(errors="replace")
+    return Answer(status=answer.status, body=body, seconds=time.monotonic() - began)
+
+
+def _exchange_raw(stream: socket.socket, raw: str) -> Answer:
+    """The first answer's status; the body is all that came, answers to anything smuggled too."""
+    stream.sendall(raw.encode("latin-1"))
+    stream.settimeout(1)
+    came = bytearray()
+    with contextlib.suppress(TimeoutError, ConnectionError, ssl.SSLError):
+        while part := stream.recv(65536):
+            came += part
+    text = came.decode("latin-1")
+    words = text.split(" ", 2)
+    if not text.startswith("HTTP/1.1 ") or len(words) < 3:
+        return Answer(why="no HTTP" if came else SILENCE, body=text)
+    return Answer(status=int(words[1]), body=text)
 
 
 def _main() -> None:

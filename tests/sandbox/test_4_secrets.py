@@ -30,8 +30,10 @@ from tests.sandbox.probe import Client, Door, Request, ask
 
 PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.+?)\n-----END", re.DOTALL)
 BCRYPT = re.compile(r"\$2b\$\d\d\$[./A-Za-z0-9]{53}")
+# Of a user or token, in nginx's callers.map.
+DIGEST = re.compile(r'^"[a-z0-9-]*/[a-z0-9-]*" "([A-Za-z0-9_-]{22})";$', re.MULTILINE)
 OPAQUE = re.compile(r"[A-Za-z0-9+/=]{16,100}")
-USERS = ("prometheus-admin", "local", "prometheus", "prometheus-2")
+USERS = ("prometheus-admin", "local", "prometheus", "prometheus-2", "nginx")
 # What the user's own key to the monitored hosts is called here.
 GIVEN = "hostAccess"
 # What a password's hashes are called here.
@@ -90,7 +92,7 @@ class Needles:
         for needle in (*keys, *opaque, *pairs):
             if maker or needle not in self._names:
                 self._names.setdefault(needle, set()).add(name)
-        hashes = BCRYPT.findall(text)
+        hashes = [*BCRYPT.findall(text), *DIGEST.findall(text)]
         self._names |= {needle: {HASH} for needle in hashes}
         return len(keys) + len(opaque) + len(hashes)
 
@@ -209,8 +211,10 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
             "etc/node_exporter/config.yml": {HASH},
             "etc/nginx/tls/server.key": {f"{name}-nginx-key"},
             "etc/nginx/users.htpasswd": {HASH},
+            "etc/nginx/callers.map": {HASH},
         }
         if server == "master":
+            files["etc/nginx/upstream.conf"] = {f"{name}-nginx-password"}
             files |= {
                 f"etc/prometheus/{password_file(f'federate-{site}', password)}": {
                     f"slave-{site}-federation-password"

@@ -460,6 +460,24 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "0",
         "greater than or equal to 1",
     ),
+    "a Grafana from nowhere": (
+        lambda g: g["master"].update(grafana={"version": "12.1.0", "sha256": "0" * 64}),
+        "master.grafana.url",
+        "is missing",
+        "set it",
+    ),
+    "a time of day that is none": (
+        lambda g: g.update(securityUpdates={"rebootAt": "24:00"}),
+        "securityUpdates.rebootAt",
+        "24:00",
+        "match pattern",
+    ),
+    "restarts for updates that nobody installs": (
+        lambda g: g.update(securityUpdates={"install": False, "rebootAt": "04:00"}),
+        "securityUpdates",
+        "04:00",
+        "leave rebootAt out or install away",
+    ),
     "a snapshot that is none": (
         lambda g: first_slave(g, restoreFrom="vol-0123456789abcdef0"),
         "slaves[0].restoreFrom[0]",
