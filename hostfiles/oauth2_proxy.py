@@ -130,6 +130,8 @@ def _configuration(server: MasterServer, oauth2: OAuth2) -> str:
         "code_challenge_method": "S256",
         "redirect_url": f"https://{server.fqdn}{port}/oauth2/callback",
         "skip_provider_button": True,
+        # Its pages name its version unless told not to.
+        "footer": "-",
         **({"scope": oauth2.scope} if oauth2.scope else {}),
         "email_domains": list(oauth2.email_domains) or ["*"],
         "allowed_groups": list(oauth2.allowed_groups),

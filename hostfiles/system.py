@@ -42,7 +42,7 @@ CHECKS = (
 
 
 def units(updates: SecurityUpdates) -> tuple[Unit, ...]:
-    """What reads them. Both official images have unattended-upgrades already."""
+    """What reads them. The first boot has installed unattended-upgrades."""
     wanted = ("/usr/bin/unattended-upgrade", "--help") if updates.install else ()
     return (
         Unit(name="systemd-journald.service", restart_on=(JOURNALD,)),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from hostfiles import backup, bundle, cloud_init, nginx_package, slave
+from hostfiles import backup, bundle, cloud_init, nginx_package, slave, system
 from hostfiles.files import File, HostFiles
 from hostfiles.model import ServerSecrets, SlaveServer
 from hostfiles.web_config import web_config
@@ -73,9 +73,8 @@ def test_user_data_fits_and_holds_every_public_file_but_what_may_be_left_out(
     written = {file["path"] for file in config["write_files"]}
     left_out = {file.path for file in host.files} - written
     folders = ("/etc/prometheus/", "/etc/nginx/", "/etc/node_exporter/")
-    assert all(
-        path.startswith((*folders, *backup.PATHS, *nginx_package.PATHS)) for path in left_out
-    )
+    paths = (*folders, *backup.PATHS, *nginx_package.PATHS, *system.PATHS)
+    assert all(path.startswith(paths) for path in left_out)
     assert data == cloud_init.user_data(
         host, first_contact_key=ssh_key[0], first_contact_public=ssh_key[1]
     )

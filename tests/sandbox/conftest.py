@@ -29,7 +29,7 @@ from sandbox.program import plain
 from sandbox.proof import MasterApi, Sample
 from sandbox.state import State
 from tests.sandbox.keyring import Keyring
-from tests.sandbox.probe import Door, Request, ask
+from tests.sandbox.probe import Client, Door, Request, ask
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "prometheus-federation"
@@ -206,6 +206,11 @@ class Sandbox:
     def fabric(self) -> Fabric:
         return Fabric(self.plan)
 
+    def accesses(self, server: str, since: float) -> list[dict[str, Any]]:
+        """What a server's nginx wrote down since a moment."""
+        command = f"journalctl --quiet --output=cat --identifier=nginx_access --since=@{since:.3f}"
+        return [json.loads(line) for line in self.script(server, command).splitlines()]
+
     def start_times(self) -> dict[str, str]:
         """Of each service and kernel on our servers and on the hosts that they monitor: when it
         started. Same means: not restarted."""
@@ -282,3 +287,31 @@ def own() -> Iterator[Sandbox]:
 def keys(sandbox: Sandbox) -> Keyring:
     """The keys and passwords of the shared sandbox, as they are when a module's tests begin."""
     return Keyring(sandbox.state)
+
+
+@pytest.fixture(scope="module")
+def master_client(sandbox: Sandbox, keys: Keyring) -> Client:
+    """Every key to 9095, as the master has them."""
+    return keys.client(
+        keys.leaf("master-prometheus"),
+        sandbox.outputs["slaves"]["dublin"]["federationUser"],
+        sandbox.outputs["federationPasswords"]["dublin"],
+    )
+
+
+@pytest.fixture(scope="module")
+def federation(sandbox: Sandbox) -> Door:
+    """The slave's port 9095."""
+    return Door(address=sandbox.public_ip("dublin"), port=9095, name="prometheus-slave.example.com")
+
+
+@pytest.fixture(scope="module")
+def page(sandbox: Sandbox) -> Door:
+    """The master's page."""
+    return Door(address=sandbox.public_ip("master"), port=443, name="prometheus-master.example.com")
+
+
+@pytest.fixture(scope="module")
+def page_client(sandbox: Sandbox, keys: Keyring) -> Client:
+    """An operator: no certificate, but a password."""
+    return keys.client(None, sandbox.outputs["master"]["user"], sandbox.outputs["masterPassword"])

@@ -4,7 +4,6 @@ down of all that. With test_2_locks.py, which is about the locks on 9095."""
 from __future__ import annotations
 
 import base64
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,43 +30,17 @@ FLOOD_CLIENTS = 20
 
 
 @pytest.fixture(scope="module")
-def page(sandbox: Sandbox) -> Door:
-    return Door(address=sandbox.public_ip("master"), port=443, name=MASTER)
-
-
-@pytest.fixture(scope="module")
-def federation(sandbox: Sandbox) -> Door:
-    return Door(address=sandbox.public_ip("dublin"), port=9095, name=SLAVE)
-
-
-@pytest.fixture(scope="module")
-def person(sandbox: Sandbox, keys: Keyring) -> Client:
-    return keys.client(None, sandbox.outputs["master"]["user"], sandbox.outputs["masterPassword"])
-
-
-@pytest.fixture(scope="module")
 def program(sandbox: Sandbox, keys: Keyring) -> Client:
     return keys.client(None).but(token=sandbox.outputs["masterTokens"]["grafana"])
-
-
-@pytest.fixture(scope="module")
-def master_client(sandbox: Sandbox, keys: Keyring) -> Client:
-    return keys.client(
-        keys.leaf("master-prometheus"),
-        sandbox.outputs["slaves"]["dublin"]["federationUser"],
-        sandbox.outputs["federationPasswords"]["dublin"],
-    )
 
 
 def accesses(
     sandbox: Sandbox, server: str, since: float, address: str, count: int
 ) -> list[dict[str, Any]]:
     """What nginx wrote down of one client since a moment, once it is so much."""
-    command = f"journalctl --quiet --output=cat --identifier=nginx_access --since=@{since:.3f}"
 
     def rows() -> list[dict[str, Any]] | None:
-        lines = map(json.loads, sandbox.script(server, command).splitlines())
-        found = [row for row in lines if row["client"] == address]
+        found = [row for row in sandbox.accesses(server, since) if row["client"] == address]
         return found if len(found) >= count else None
 
     found = host.wait_until(rows, seconds=5)
@@ -180,9 +153,9 @@ def test_a_token_is_revoked_alone(sandbox: Sandbox, page: Door, program: Client)
 
 
 def test_a_page_of_many_requests_is_served_and_a_program_that_asks_too_much_is_told_so(
-    page: Door, program: Client, person: Client
+    page: Door, program: Client, page_client: Client
 ) -> None:
-    asked = Request(door=page, client=person, path=QUERY)
+    asked = Request(door=page, client=page_client, path=QUERY)
     # As a browser does it: six connections, each waiting for its answer.
     browsed = ask(None, [asked] * 40, at_once=6)
     assert [answer.short for answer in browsed] == [200] * 40
@@ -243,12 +216,12 @@ def test_no_trick_reaches_prometheus(
     keys: Keyring,
     page: Door,
     federation: Door,
-    person: Client,
+    page_client: Client,
     master_client: Client,
     server: str,
 ) -> None:
     if server == "master":
-        namespace, door, client, good = None, page, person, "/query"
+        namespace, door, client, good = None, page, page_client, "/query"
     else:
         namespace, door, client, good = (
             sandbox.namespace("master"),
@@ -301,22 +274,25 @@ def test_each_kind_of_access_is_written_down_and_no_secret_with_it(
     sandbox: Sandbox,
     page: Door,
     federation: Door,
-    person: Client,
+    page_client: Client,
     program: Client,
     master_client: Client,
 ) -> None:
     query = "/api/v1/query?query=canary_in_the_query"
     password, token = "canary-password-" + "x" * 32, "canarytoken_" + "x" * 48
     kinds = {
-        "a person": (Request(door=page, client=person, path=query), 200),
+        "a person": (Request(door=page, client=page_client, path=query), 200),
         "a bad password": (
-            Request(door=page, client=person.but(password=password), path=query),
+            Request(door=page, client=page_client.but(password=password), path=query),
             401,
         ),
-        "nobody": (Request(door=page, client=person.but(user="", password=""), path=query), 401),
+        "nobody": (
+            Request(door=page, client=page_client.but(user="", password=""), path=query),
+            401,
+        ),
         "a program": (Request(door=page, client=program, path=query), 200),
         "a bad token": (Request(door=page, client=program.but(token=token), path=query), 401),
-        "a refused path": (Request(door=page, client=person, path="/metrics?canary"), 403),
+        "a refused path": (Request(door=page, client=page_client, path="/metrics?canary"), 403),
         "a refused method": (Request(door=page, client=program, method="PUT", path=query), 403),
     }
     since = time.time()
@@ -375,11 +351,11 @@ def test_each_kind_of_access_is_written_down_and_no_secret_with_it(
 
 
 def test_no_answer_tells_which_nginx_it_is_and_all_ask_the_browser_to_be_strict(
-    page: Door, person: Client
+    page: Door, page_client: Client
 ) -> None:
-    head = f"Host: {MASTER}\r\nAuthorization: {_basic(person)}\r\nConnection: close\r\n\r\n"
+    head = f"Host: {MASTER}\r\nAuthorization: {_basic(page_client)}\r\nConnection: close\r\n\r\n"
     lines = ("GET /-/ready HTTP/1.1", "GET /metrics HTTP/1.1", "GET / HTTP/0.1")
-    requests = [Request(door=page, client=person, raw=f"{line}\r\n{head}") for line in lines]
+    requests = [Request(door=page, client=page_client, raw=f"{line}\r\n{head}") for line in lines]
     for answer in ask(None, requests):
         assert "nginx/" not in answer.body
         assert "Debian" not in answer.body
@@ -406,13 +382,13 @@ def flood(namespace: str | None, guesses: Sequence[Request]) -> list[Answer]:
 
 
 def test_a_flood_of_bad_log_ins_hinders_nobody_and_tells_nothing_of_users(
-    sandbox: Sandbox, page: Door, federation: Door, person: Client, master_client: Client
+    sandbox: Sandbox, page: Door, federation: Door, page_client: Client, master_client: Client
 ) -> None:
     since = time.time()
     inside = sandbox.namespace("master")
     doors: dict[str, tuple[str | None, Request]] = {
         # From the operator's address, and from the master's own with its certificate.
-        "443": (None, Request(door=page, client=person, path=QUERY)),
+        "443": (None, Request(door=page, client=page_client, path=QUERY)),
         "9095": (inside, Request(door=federation, client=master_client, path=FEDERATE)),
     }
     servers = {"443": "master", "9095": "dublin"}

@@ -230,3 +230,5 @@ def test_an_upgrade_of_nginx_s_own_package_leaves_it_with_our_configuration(
     listening = sandbox.inside("dublin", "ss", "-Hltnp")
     assert re.search(r"0\.0\.0\.0:9095 .*nginx", listening)
     assert ":80 " not in listening
+    # And federation goes on, which is also how the next test wants to find it.
+    sandbox.wait(f'timestamp(up{{job="federate"}} == 1) > {time.time()}')

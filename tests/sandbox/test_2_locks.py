@@ -7,14 +7,12 @@ that it asks for, and the same client comes in when it holds that one too.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 
@@ -42,34 +40,6 @@ SUITES_1_3 = {
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
 }
-
-
-@pytest.fixture(scope="module")
-def master_client(sandbox: Sandbox, keys: Keyring) -> Client:
-    """Every key to 9095, as the master has them."""
-    return keys.client(
-        keys.leaf("master-prometheus"),
-        sandbox.outputs["slaves"]["dublin"]["federationUser"],
-        sandbox.outputs["federationPasswords"]["dublin"],
-    )
-
-
-@pytest.fixture(scope="module")
-def federation(sandbox: Sandbox) -> Door:
-    """The slave's port 9095."""
-    return Door(address=sandbox.public_ip("dublin"), port=9095, name=SLAVE)
-
-
-@pytest.fixture(scope="module")
-def page(sandbox: Sandbox) -> Door:
-    """The master's page."""
-    return Door(address=sandbox.public_ip("master"), port=443, name=MASTER)
-
-
-@pytest.fixture(scope="module")
-def page_client(sandbox: Sandbox, keys: Keyring) -> Client:
-    """An operator: no certificate, but a password."""
-    return keys.client(None, sandbox.outputs["master"]["user"], sandbox.outputs["masterPassword"])
 
 
 @pytest.fixture
@@ -140,13 +110,6 @@ def _kernel_rules(sandbox: Sandbox, server: str) -> list[str]:
     saved = sandbox.inside(server, "iptables-save")
     lines = re.sub(r"\[\d+:\d+\]", "", saved).splitlines()
     return [line for line in lines if not line.startswith("#")]
-
-
-def _accesses(sandbox: Sandbox, server: str, since: float, address: str) -> list[dict[str, Any]]:
-    """What nginx wrote down of one client since a moment."""
-    command = f"journalctl --quiet --output=cat --identifier=nginx_access --since=@{since:.3f}"
-    lines = sandbox.script(server, command).splitlines()
-    return [row for row in map(json.loads, lines) if row["client"] == address]
 
 
 # ---- lock 1 and 2: the two firewalls -----------------------------------------------------------
@@ -531,7 +494,8 @@ def _assert_upstream_saw(
     rows = host.wait_until(
         lambda: (
             found
-            if len(found := _accesses(sandbox, server, since, address)) >= len(requests)
+            if len(found := [r for r in sandbox.accesses(server, since) if r["client"] == address])
+            >= len(requests)
             else None
         ),
         seconds=5,

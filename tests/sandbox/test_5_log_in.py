@@ -21,6 +21,7 @@ from playwright.sync_api import BrowserContext, sync_playwright
 
 from sandbox import host, network, providers
 from sandbox.program import plain
+from settings import RELEASES
 from tests.sandbox.conftest import ROOT, Sandbox
 from tests.sandbox.keyring import Keyring, forge_authority, issue
 from tests.sandbox.probe import OPEN, Door, Request, ask, knock
@@ -128,11 +129,6 @@ def _pin(certificate: str) -> str:
     return base64.b64encode(hashlib.sha256(spki).digest()).decode()
 
 
-@pytest.fixture
-def page(with_people: Sandbox) -> Door:
-    return Door(address=with_people.public_ip("master"), port=443, name=MASTER)
-
-
 def answer_to(page: Door, keys: Keyring, path: str, *headers: str) -> str:
     """All that comes back, with its headers."""
     lines = [f"GET {path} HTTP/1.1", f"Host: {MASTER}", "Connection: close", *headers, "", ""]
@@ -182,12 +178,13 @@ def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
 ) -> None:
     since = time.time()
     tab = browser.new_page()
-    wanted = f"https://{MASTER}/graph?g0.expr=up&g0.tab=1"
+    wanted = f"https://{MASTER}/query?g0.expr=up&g0.tab=1"
     tab.goto(wanted)
     assert tab.url.startswith(provider.issuer)
     _screenshot(browser, "log-in-at-the-provider")
     tab.get_by_role("button", name="alice").click()
-    tab.wait_for_url(wanted)
+    # Back at the page that was asked for, with its query.
+    assert tab.url == wanted, tab.inner_text("body")[:500]
     tab.goto(f"https://{MASTER}{QUERY}")
     federated = json.loads(tab.inner_text("body"))["data"]["result"]
     assert {row["metric"]["instance"] for row in federated if row["metric"]["job"] == "CoreSystems"}
@@ -196,7 +193,7 @@ def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
     assert cookie.get("httpOnly")
     assert cookie.get("secure")
     assert cookie.get("sameSite") == "Lax"
-    rows = _accesses(with_people, since)
+    rows = with_people.accesses("master", since)
     told = {(row["user"], row["path"], row["status"]) for row in rows}
     assert ("alice@example.com", "/api/v1/query", 200) in told
     assert ("", "/oauth2/callback", 302) in told
@@ -214,6 +211,7 @@ def test_a_person_of_no_such_group_is_refused(
     with tab.expect_response(re.compile(r"/oauth2/callback\?")) as answer:
         tab.get_by_role("button", name="mallory").click()
     assert answer.value.status == 403
+    assert RELEASES["oauth2Proxy"].version not in tab.inner_text("body")
     _screenshot(browser, "refused-without-the-group")
     refused = tab.goto(f"https://{MASTER}{QUERY}")
     assert refused is not None
@@ -256,11 +254,6 @@ def test_oauth2_proxy_is_hardened_and_listens_on_loopback_alone(with_people: San
     assert float(exposure[1]) <= 2.0
     sockets = with_people.script("master", "ss -Hltnp | grep oauth2-proxy").split()
     assert sockets[3] == "127.0.0.1:4180"
-
-
-def _accesses(sandbox: Sandbox, since: float) -> list[dict[str, str]]:
-    command = f"journalctl --quiet --output=cat --identifier=nginx_access --since=@{since:.3f}"
-    return [json.loads(line) for line in sandbox.script("master", command).splitlines()]
 
 
 def _screenshot(browser: BrowserContext, name: str) -> None:
