@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from alerting_settings import AlertingSettings
 from door_settings import OAuth2Settings, TokenName
 from existing_master_settings import ExistingMasterSettings
 from hostfiles.model import Acme, Backup, Release, SecurityUpdates
@@ -71,6 +72,9 @@ RELEASES = {
         "1.12.1",
         "b51d8a76aa2a9156a55d501aca6276fae09e262259a5e4e831d2c2222f084e63",
     ),
+    "alertmanager": _official(
+        "alertmanager", "0.34.0", "19c75a11d8c03dc4ade7abdbddfb3a8f28c9e7b000d0849cda0cd71dffd74a03"
+    ),
     "oauth2Proxy": _official(
         "oauth2-proxy", "7.15.4", "4fbe902189aab713d9c0519b90a645032d4636ecb523dc36f5cc312d8ebef1e2"
     ),
@@ -83,7 +87,7 @@ _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large
 
 # Keys, at any depth, whose values no error shows.
 _SECRET_KEYS = frozenset(
-    {"password", "nextPassword", "privateKey", "key", "credentials", "clientSecret"}
+    "password nextPassword privateKey key credentials clientSecret global receivers".split()
 )
 
 
@@ -386,6 +390,7 @@ class ReleasesSettings(Model):
 
     prometheus: ReleaseSettings | None = None
     node_exporter: ReleaseSettings | None = None
+    alertmanager: ReleaseSettings | None = None
     oauth2_proxy: Annotated[ReleaseSettings | None, Field(alias="oauth2Proxy")] = None
     nginx: PackageSettings | None = None
 
@@ -411,6 +416,7 @@ class Settings(Model):
     scrape_interval: Duration
     evaluation_interval: Duration
     rule_files: tuple[str, ...]
+    alerting: Annotated[AlertingSettings | None, BeforeValidator(_none_if_empty)]
     tags: Mapping[str, str]
     releases: ReleasesSettings
     rotation: EnvironmentRotation
@@ -525,18 +531,25 @@ class Settings(Model):
         """A host's name in the zone."""
         return f"{host.host}.{self.zone}"
 
-    def release(self, key: Literal["prometheus", "nodeExporter", "oauth2Proxy"]) -> Release:
+    def release(
+        self, key: Literal["prometheus", "nodeExporter", "alertmanager", "oauth2Proxy"]
+    ) -> Release:
         """The release of a program: the pinned one unless the settings name another."""
         pinned = RELEASES[key]
         chosen: ReleaseSettings | None = {
             "prometheus": self.releases.prometheus,
             "nodeExporter": self.releases.node_exporter,
+            "alertmanager": self.releases.alertmanager,
             "oauth2Proxy": self.releases.oauth2_proxy,
         }[key]
         if chosen is None:
             return pinned
         official = _official(pinned.name, chosen.version, chosen.sha256)
         return replace(official, url=chosen.url) if chosen.url else official
+
+    def notifications(self) -> tuple[tuple[int, str], ...]:
+        """Ports and networks (CIDR) of receivers that firewalls let hosts reach."""
+        return self.alerting.destinations() if self.alerting else ()
 
     @property
     def nginx_version(self) -> str | None:

@@ -1,4 +1,4 @@
-"""A machine of ours: address, DNS name, data volume, instance, first contact, delivery.
+"""A machine of ours: address, DNS name, data volume, instance, first boot, delivery.
 
 What slave and master share. It does not know what runs on the machine: that is in the HostFiles
 and the secret files it is given.
@@ -36,11 +36,14 @@ from settings import HostSettings
 RECORD_TTL_SECONDS = 60
 ROOT_VOLUME_GIB = 8
 # From the call to a host with all packages and releases installed; a t3.micro needs 2 to 3 minutes.
-FIRST_CONTACT_TIMEOUT = "15m"
+FIRST_BOOT_TIMEOUT = "15m"
 # Validators, restarts and Prometheus's replay of its log.
 DELIVERY_TIMEOUT = "15m"
 # To connect, and for the host to say what is missing.
 CERTIFICATE_GRACE_SECONDS = 60
+# Of what is done once to an instance: its passing address and its first key are gone, so another
+# connection would dial in vain. A new instance replaces the command, and then nothing is ignored.
+IGNORED_ONCE_BOOTED = ["connection"]
 
 S = TypeVar("S", bound=Server)
 T = TypeVar("T", bound=ServerSecrets)
@@ -91,6 +94,7 @@ class Leaves:
     prometheus: LeafCertificate
     nginx: LeafCertificate
     node_exporter: LeafCertificate
+    alertmanager: LeafCertificate | None
 
 
 class Host(pulumi.ComponentResource):
@@ -148,10 +152,11 @@ class Host(pulumi.ComponentResource):
     ) -> None:
         """Boots the machine from the files that are not secret, then delivers all of them.
 
-        The delivery waits for `after`.
+        Address and data volume join it when its first boot went well and `after` is there: until
+        then the instance that it replaces serves on.
         """
         # The key of first contact stands in user-data, which anyone may read who may describe
-        # instances; replace-host-key ends its use before the first secret is sent.
+        # instances; nothing but the permanent key is ever sent by it.
         first_contact = self._create_host_key("first-contact")
         permanent = self._create_host_key("host-key")
         self.host_key = permanent.public_key_openssh
@@ -166,29 +171,38 @@ class Host(pulumi.ComponentResource):
         )
         instance = self._create_instance(user_data)
         self.private_ip = instance.private_ip
-        attached = self._attach(instance)
-        bootstrap = self._create_command(
+        contacted = self._create_command(
             "first-contact",
             instance,
+            address=instance.public_ip,
             host_key=first_contact.public_key_openssh,
             run="sudo /usr/local/sbin/replace-host-key",
             stdin=Output.secret(permanent.private_key_openssh),
-            timeout=FIRST_CONTACT_TIMEOUT,
-            depends_on=[*attached, self.firewall],
-            # The key of first contact is gone from the host: with a renewed operators' key this
-            # would dial in vain. A new instance replaces the command, and then nothing is ignored.
-            ignore_changes=["connection"],
+            timeout=FIRST_BOOT_TIMEOUT,
+            depends_on=[self.firewall],
+            ignore_changes=IGNORED_ONCE_BOOTED,
+        )
+        booted = self._create_command(
+            "first-boot",
+            instance,
+            address=instance.public_ip,
+            host_key=permanent.public_key_openssh,
+            run="sudo /usr/local/sbin/first-boot",
+            timeout=FIRST_BOOT_TIMEOUT,
+            depends_on=[contacted],
+            ignore_changes=IGNORED_ONCE_BOOTED,
         )
         self.delivered = self._create_command(
             "bundle",
             instance,
+            address=self.address.public_ip,
             host_key=permanent.public_key_openssh,
             run="sudo /usr/local/sbin/apply-bundle",
             stdin=Output.secret(
                 Output.all(files, secret_files).apply(lambda args: bundle.render(*args))
             ),
             timeout=DELIVERY_TIMEOUT,
-            depends_on=[bootstrap, *after],
+            depends_on=self._attach(instance, [booted, *after]),
         )
         self._await_certificate(instance)
         self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
@@ -196,6 +210,7 @@ class Host(pulumi.ComponentResource):
     def server(self, kind: type[S], **special: Input[Any]) -> Output[S]:
         """What the renderers need to know of this machine, with what is special to its kind."""
         settings = self._environment.settings
+        alerting = settings.alerting
         return Output.all(
             volume_id=self._volume.id,
             ca_bundle=self._environment.authority.bundle,
@@ -219,6 +234,7 @@ class Host(pulumi.ComponentResource):
                 backup=settings.backup.on_host(),
                 security_updates=settings.security_updates.on_host(),
                 jump_ports=self._host.jump_ports,
+                alerting=alerting.alerting(settings.release("alertmanager")) if alerting else None,
                 acme=settings.acme_of(self._host),
                 **known,
             )
@@ -231,6 +247,7 @@ class Host(pulumi.ComponentResource):
 
         `remote` are the users that come in from elsewhere.
         """
+        alerting, leaf = self._environment.settings.alerting, self._leaves.alertmanager
         return Output.secret(
             Output.all(
                 prometheus_leaf=self._leaves.prometheus.leaf,
@@ -239,6 +256,8 @@ class Host(pulumi.ComponentResource):
                 local=self._local.credential,
                 exporter=self.exporters.current if self.exporters else None,
                 jobs={job.name: job.secrets() for job in self._host.jobs},
+                alertmanager_leaf=leaf.leaf if leaf else None,
+                alerting=alerting.secrets() if alerting else {},
                 remote=remote,
                 **special,
             ).apply(lambda known: kind(**known))
@@ -320,17 +339,24 @@ class Host(pulumi.ComponentResource):
                 authority,
                 opts=self._child_opts,
             ),
-            node_exporter=LeafCertificate(
-                f"{self._name}-node-exporter",
-                LeafArgs(
-                    common_name=fqdn,
-                    generation=generation,
-                    more_names=["localhost"],
-                    ip_addresses=["127.0.0.1"],
-                ),
-                authority,
-                opts=self._child_opts,
+            node_exporter=self._create_local_leaf("node-exporter"),
+            alertmanager=self._create_local_leaf("alertmanager")
+            if self._environment.settings.alerting
+            else None,
+        )
+
+    def _create_local_leaf(self, program: str) -> LeafCertificate:
+        """Of a program that answers on loopback alone."""
+        return LeafCertificate(
+            f"{self._name}-{program}",
+            LeafArgs(
+                common_name=self.address.fqdn,
+                generation=self._host.rotation.leaf_certificates,
+                more_names=["localhost"],
+                ip_addresses=["127.0.0.1"],
             ),
+            self._environment.authority,
+            opts=self._child_opts,
         )
 
     def _create_exporters(self) -> RotatingCredential | None:
@@ -362,7 +388,8 @@ class Host(pulumi.ComponentResource):
             subnet_id=self._network.subnet_id,
             vpc_security_group_ids=[self.firewall.security_group_id],
             iam_instance_profile=profile.name if profile else None,
-            # Until the Elastic IP is there, packages come over a passing public address.
+            # Until the Elastic IP is there, packages and the first contact come over a passing
+            # public address.
             associate_public_ip_address=True,
             user_data_base64=user_data,
             # IMDSv2 only, and no forwarding of its answers off the host.
@@ -441,13 +468,15 @@ class Host(pulumi.ComponentResource):
             opts=self._child_opts,
         )
 
-    def _attach(self, instance: aws.ec2.Instance) -> list[pulumi.Resource]:
+    def _attach(
+        self, instance: aws.ec2.Instance, after: Sequence[pulumi.Resource]
+    ) -> list[pulumi.Resource]:
         association = aws.ec2.EipAssociation(
             self._name,
             allocation_id=self.address.allocation_id,
             instance_id=instance.id,
             region=self._host.region,
-            opts=self._child_opts,
+            opts=ResourceOptions(parent=self, depends_on=after),
         )
         attachment = aws.ec2.VolumeAttachment(
             self._name,
@@ -458,7 +487,7 @@ class Host(pulumi.ComponentResource):
             stop_instance_before_detaching=True,
             region=self._host.region,
             # A volume is on one instance at a time: it must leave the old one first.
-            opts=ResourceOptions(parent=self, delete_before_replace=True),
+            opts=ResourceOptions(parent=self, depends_on=after, delete_before_replace=True),
         )
         return [association, attachment]
 
@@ -475,9 +504,9 @@ class Host(pulumi.ComponentResource):
         self._create_command(
             "public-certificate",
             instance,
+            address=self.address.public_ip,
             host_key=self.host_key,
             run=public_certificate.wait_command(acme, self.address.fqdn, seconds),
-            stdin=Output.from_input(""),
             timeout=f"{seconds + CERTIFICATE_GRACE_SECONDS}s",
             depends_on=[self.delivered],
             # It says what is missing, and nothing that is secret.
@@ -489,9 +518,10 @@ class Host(pulumi.ComponentResource):
         purpose: str,
         instance: aws.ec2.Instance,
         *,
+        address: Output[str],
         host_key: Output[str],
         run: str,
-        stdin: Output[str],
+        stdin: Output[str] | None = None,
         timeout: str,
         depends_on: list[pulumi.Resource],
         logging: command.remote.Logging = command.remote.Logging.NONE,
@@ -500,7 +530,7 @@ class Host(pulumi.ComponentResource):
         return command.remote.Command(
             f"{self._name}-{purpose}",
             connection=command.remote.ConnectionArgs(
-                host=self.address.public_ip,
+                host=address,
                 user=self._user,
                 private_key=Output.secret(self._environment.ssh_key.private_key_openssh),
                 # Without it the provider would talk to anyone.

@@ -143,6 +143,7 @@ def _table(settings: SlaveSettings, master: FederatingMaster, environment: Envir
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
             acme=environment.settings.acme_of(settings),
+            notifications=environment.settings.notifications(),
         )
 
     return with_network

@@ -5,6 +5,7 @@ https://prometheus.io/docs/prometheus/latest/querying/api/#snapshot
 
 from __future__ import annotations
 
+from hostfiles import certificates
 from hostfiles.files import File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -17,6 +18,7 @@ TIMER = "/etc/systemd/system/prometheus-backup.timer"
 PATHS = (PROGRAM, RESTORE, SERVICE, TIMER)
 # Of the textfile that tells of the last backup. Also in prometheus.service, which makes it.
 METRICS = "/var/lib/prometheus-backup"
+INTERVAL_METRIC = "federation_backup_interval_seconds"
 
 
 def files(server: Server) -> tuple[File, ...]:
@@ -33,6 +35,15 @@ def files(server: Server) -> tuple[File, ...]:
                 "systemd/prometheus-backup.service.j2",
                 keep=server.backup.keep,
                 max_age_days=server.backup.max_age_days,
+            ),
+        ),
+        # So that an alert knows how old a backup may be.
+        File(
+            path=f"{certificates.FOLDER}/backup.prom",
+            content=(
+                f"# HELP {INTERVAL_METRIC} How often a backup is made.\n"
+                f"# TYPE {INTERVAL_METRIC} gauge\n"
+                f"{INTERVAL_METRIC} {server.backup.interval_hours * 3600}\n"
             ),
         ),
         File(

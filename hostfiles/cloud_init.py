@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from hostfiles import (
+    alertmanager,
     backup,
     firewall,
     grafana,
@@ -25,6 +26,7 @@ from hostfiles import (
     prometheus,
     public_certificate,
     system,
+    watch,
 )
 from hostfiles.files import File, HostFiles
 from hostfiles.releases import install_command
@@ -32,7 +34,13 @@ from hostfiles.releases import install_command
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/user-data.html
 LIMIT = 16_384
 # Of no use before the first bundle.
-_NEVER = (*grafana.PATHS, *system.PATHS)
+_NEVER = (
+    *grafana.PATHS,
+    *system.PATHS,
+    *watch.PATHS,
+    *alertmanager.PATHS,
+    f"{prometheus.FOLDER}/alerts/",
+)
 # In this order.
 _LEFT_OUT = (
     (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS, *public_certificate.PATHS),
@@ -44,8 +52,8 @@ _LEFT_OUT = (
 def user_data(host: HostFiles, *, first_contact_key: str, first_contact_public: str) -> bytes:
     """A gzipped #cloud-config of at most 16,384 bytes.
 
-    What does not fit is left out, backups and what grows with the settings first: the first bundle
-    brings it anyway, and no service starts before.
+    What does not fit is left out, backups, alerts and what grows with the settings first: the
+    first bundle brings it anyway, and no service starts before.
     """
     secret = [file.path for file in host.files if file.secret]
     if secret:
@@ -80,7 +88,7 @@ def _config(
         },
         "ssh_pwauth": False,
         "disable_root": True,
-        # The passing public address gives way to the Elastic IP while packages are fetched.
+        # A failed first boot costs a new instance: a mirror that stumbles must not fail it.
         "apt": {"conf": 'Acquire::Retries "5";'},
         "package_update": True,
         "packages": sorted(host.packages),

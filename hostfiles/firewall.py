@@ -41,15 +41,17 @@ def slave_rules(
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
     acme: Acme | None = None,
+    notifications: Iterable[tuple[int, str]] = (),
 ) -> tuple[Rule, ...]:
     """A slave: its master on the federation port, operators on SSH, out to its targets.
 
     Targets that are named by host are reached in `target_cidrs`, or in the VPC if there are none;
-    so are the SSH ports of monitored hosts.
+    so are the SSH ports of monitored hosts. `notifications` are ports and CIDRs of receivers.
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
     base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
     base = (*base, *_acme(acme, base))
+    base = (*base, *_out("notify", notifications, "Notifications", base))
     return (
         # Numbered, not named by address: a master's address is known only after `up` began.
         *(
@@ -79,6 +81,7 @@ def master_rules(
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
     acme: Acme | None = None,
+    notifications: Iterable[tuple[int, str]] = (),
     provider_cidrs: Sequence[str] = (),
     provider_port: int = 443,
 ) -> tuple[Rule, ...]:
@@ -91,6 +94,7 @@ def master_rules(
     provider = _each("egress", "out-provider", provider_port, provider_cidrs, "Log-ins")
     base = (*base, *_unless_allowed(provider, base))
     base = (*base, *_acme(acme, base))
+    base = (*base, *_out("notify", notifications, "Notifications", base))
     return (
         *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
         *base,
@@ -226,16 +230,23 @@ def _targets(
             except ipaddress.AddressValueError:
                 wanted.update((int(port), cidr) for cidr in named_cidrs)
         wanted.update((port, cidr) for port in job.discovered_ports for cidr in named_cidrs)
+    return _out("target", wanted, "Scrape targets", others)
+
+
+def _out(
+    name: str, wanted: Iterable[tuple[int, str]], description: str, others: Iterable[Rule]
+) -> tuple[Rule, ...]:
+    """Egress rules to these ports and networks (CIDR), but for what `others` allow."""
     rules = (
         Rule(
-            name=f"out-target-{port}-{_slug(cidr)}",
+            name=f"out-{name}-{port}-{_slug(cidr)}",
             direction="egress",
             protocol="tcp",
             port=port,
             cidr=cidr,
-            description="Scrape targets",
+            description=description,
         )
-        for port, cidr in sorted(wanted)
+        for port, cidr in sorted(set(wanted))
     )
     return _unless_allowed(rules, others)
 

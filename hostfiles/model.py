@@ -129,6 +129,14 @@ class Backup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alerting:
+    """Notifications: Alertmanager's configuration, which names its secrets by their files."""
+
+    config: Mapping[str, Any]
+    release: Release
+
+
+@dataclass(frozen=True, kw_only=True)
 class SecurityUpdates:
     """Whether a host installs them by itself, and when (`04:00`) it may restart for one."""
 
@@ -145,8 +153,9 @@ class Server:
     line for each. `memory_mib` is the instance
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
     `jump_ports` are the SSH ports of hosts that are reached through this server. `nginx_version` is
-    that of the distribution's package, or None: whichever the distribution has. `acme` is who
-    signs what nginx shows, if it is not our CA.
+    that of the distribution's package, or None: whichever the distribution has. Without `alerting`
+    rules are evaluated, and nobody is told. `acme` is who signs what nginx shows, if it is not our
+    CA.
     """
 
     fqdn: str
@@ -167,6 +176,7 @@ class Server:
     rule_files: Mapping[str, str]
     backup: Backup
     jump_ports: tuple[int, ...] = ()
+    alerting: Alerting | None = None
     nginx_version: str | None = None
     security_updates: SecurityUpdates = SecurityUpdates()
     acme: Acme | None = None
@@ -201,15 +211,13 @@ class MasterServer(Server):
     """A master and the sites that it federates.
 
     With `oauth2` people log in there, by the release `oauth2_proxy`; without it by a password.
-    `alertmanager`: nginx serves the one on loopback at /alertmanager/. `grafana`: the release of
-    one beside it.
+    `grafana`: the release of one beside it.
     """
 
     sites: tuple[FederatedSite, ...]
     ui_port: int
     oauth2: OAuth2 | None = None
     oauth2_proxy: Release
-    alertmanager: bool = False
     grafana: Release | None = None
 
 
@@ -240,7 +248,8 @@ class Credential:
 class ServerSecrets:
     """`remote` are who may come in through nginx (several while a password is rotated); `local`
     is this host's own user for loopback: self-scrape, node_exporter, reload and readiness.
-    `exporter` is what it sends to monitored hosts, `jobs` what settings gave, by job."""
+    `exporter` is what it sends to monitored hosts, `jobs` what settings gave, by job; `alerting`
+    the secrets of notifications, by the paths of their files."""
 
     prometheus_leaf: Leaf
     nginx_leaf: Leaf
@@ -249,6 +258,8 @@ class ServerSecrets:
     local: Credential
     exporter: Credential | None = None
     jobs: Mapping[str, JobSecrets] = field(default_factory=dict)
+    alertmanager_leaf: Leaf | None = None
+    alerting: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,7 +168,7 @@ def _configuration(server: Server) -> str:
         site="master",
         oauth2=master.oauth2 is not None,
         oauth2_port=OAUTH2_PORT,
-        alertmanager=master.alertmanager,
+        alertmanager=master.alerting is not None,
         grafana_port=GRAFANA_PORT if master.grafana else None,
         max_body="64k",
         # Prometheus gives up a query after two minutes.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hostfiles import backup, certificates, prometheus
+from hostfiles import backup, certificates, prometheus, watch
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Credential, Leaf, Release, Server, ServerSecrets
 from hostfiles.releases import directory
@@ -23,12 +23,24 @@ CA = f"{FOLDER}/tls/ca.pem"
 CERTIFICATE = f"{FOLDER}/tls/node_exporter.crt"
 # systemd makes it, and the user may put .prom files of their own into its folder `textfile`.
 STATE_DIRECTORY = "/var/lib/node_exporter"
+# Of a server, those whose failing somebody needs to know of.
+_UNITS = (
+    "(alertmanager|data-volume|federation-watch|nginx|node_exporter|prometheus|prometheus-backup|"
+    "ssh|ufw)[.]service|(federation-watch|prometheus-backup)[.]timer"
+)
 
 
 def service(
-    release: Release, address: str, ca_bundle: str, more_textfiles: Iterable[str] = ()
+    release: Release,
+    address: str,
+    ca_bundle: str,
+    more_textfiles: Iterable[str] = (),
+    units: str = "",
 ) -> tuple[File, ...]:
-    """What is not secret: the unit, which listens on that address (empty: on all), and the CA."""
+    """What is not secret: the unit, which listens on that address (empty: on all), and the CA.
+
+    `units` is a pattern of the systemd units whose state it tells (empty: of none).
+    """
     return (
         File(path=CA, content=ca_bundle),
         File(
@@ -42,6 +54,7 @@ def service(
                     f"{STATE_DIRECTORY}/textfile",
                     *more_textfiles,
                 ],
+                units=units,
             ),
         ),
     )
@@ -66,7 +79,13 @@ def access(leaf: Leaf, users: Iterable[Credential], scraper: str) -> tuple[File,
 
 def files(server: Server) -> tuple[File, ...]:
     """Of a server, what is not secret."""
-    return service(server.node_exporter, "127.0.0.1", server.ca_bundle, [backup.METRICS])
+    return service(
+        server.node_exporter,
+        "127.0.0.1",
+        server.ca_bundle,
+        [backup.METRICS, watch.METRICS],
+        units=_UNITS,
+    )
 
 
 def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from hostfiles import backup, nginx, node_exporter, prometheus, public_certificate
+from hostfiles import (
+    alertmanager,
+    backup,
+    nginx,
+    node_exporter,
+    prometheus,
+    public_certificate,
+    watch,
+)
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
 
-NAMES = ("apply-bundle", "install-release", "mount-data", "replace-host-key")
+NAMES = ("apply-bundle", "first-boot", "install-release", "mount-data", "replace-host-key")
 
 SYSUSERS = "/etc/sysusers.d/federation.conf"
 DATA_VOLUME = "/etc/systemd/system/data-volume.service"
@@ -15,10 +23,7 @@ DATA_VOLUME = "/etc/systemd/system/data-volume.service"
 _WANTED = (
     *("data-volume.service", "prometheus.service", "node_exporter.service"),
     backup.UNIT.name,
-)
-_CHECKED = (
-    *(prometheus.SERVICE, node_exporter.SERVICE, backup.SERVICE, backup.TIMER),
-    nginx.PACKAGE_SERVICE,
+    watch.UNIT.name,
 )
 
 
@@ -35,6 +40,8 @@ def files(server: Server) -> tuple[File, ...]:
             content=(
                 '# No home and no shell.\nu prometheus - "Prometheus"\n'
                 'u node_exporter - "Prometheus node_exporter"\n'
+                'u alertmanager - "Prometheus Alertmanager"\n'
+                f'u {watch.USER} - "Watches over the files of this host"\n'
                 + (public_certificate.USER if server.acme else "")
             ),
         ),
@@ -46,24 +53,31 @@ def files(server: Server) -> tuple[File, ...]:
             path="/etc/systemd/system/multi-user.target.d/federation.conf",
             content=render(
                 "systemd/multi-user.target.conf.j2",
-                units=[*_WANTED, *(unit.name for unit in public_certificate.units(server))],
+                units=[
+                    *_WANTED,
+                    *([alertmanager.UNIT.name] if server.alerting else []),
+                    *(unit.name for unit in public_certificate.units(server)),
+                ],
             ),
         ),
     )
 
 
-def check(server: Server) -> Check:
-    """systemd's own, of all units of ours."""
-    return Check(
-        name="systemd units",
-        argv=(
-            *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
-            # Not data-volume.service: its program may be in this very bundle, not yet in place.
-            *(f"{{tree}}{path}" for path in _CHECKED),
-            *(
-                f"{{tree}}{path}"
-                for path in (*public_certificate.SERVICES, public_certificate.TIMER)
-                if server.acme
+def checks(server: Server) -> tuple[Check, ...]:
+    """systemd reads the units, and finds the programs that they start."""
+    units = (
+        # Not data-volume.service: its program may be in this very bundle, not yet in place.
+        *(prometheus.SERVICE, node_exporter.SERVICE, nginx.PACKAGE_SERVICE),
+        *(backup.SERVICE, backup.TIMER, watch.SERVICE, watch.TIMER),
+        *([alertmanager.SERVICE] if server.alerting else []),
+        *((*public_certificate.SERVICES, public_certificate.TIMER) if server.acme else []),
+    )
+    return (
+        Check(
+            name="systemd units",
+            argv=(
+                *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
+                *(f"{{tree}}{unit}" for unit in units),
             ),
         ),
     )

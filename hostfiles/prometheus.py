@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from hostfiles import alertmanager, rules
+from hostfiles.curl import curl_config
 from hostfiles.duration import duration, milliseconds
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import (
@@ -57,6 +59,11 @@ SNAPSHOT = "/api/v1/admin/tsdb/snapshot"
 # The newest samples are written out as a block of their own first.
 SNAPSHOT_SECONDS = 600
 
+# Notifications are sent by a new client after each reload, so another password needs no other name.
+ALERTMANAGER_PASSWORD = "secrets/alertmanager.password"  # noqa: S105 - a path
+# Whatever else a site's settings leave out, by this the master knows how it is.
+ALWAYS_FEDERATED = 'up{job=~"prometheus|alertmanager"}'
+
 SERVICE = "/etc/systemd/system/prometheus.service"
 
 
@@ -68,6 +75,10 @@ def files(server: Server) -> tuple[File, ...]:
         *(
             File(path=f"{FOLDER}/rules/{name}", content=content)
             for name, content in sorted(server.rule_files.items())
+        ),
+        *(
+            File(path=f"{FOLDER}/alerts/{name}", content=content)
+            for name, content in sorted(rules.contents(server).items())
         ),
         File(path=SERVICE, content=_service(server)),
     )
@@ -81,10 +92,20 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
     return (
         File(path=f"{FOLDER}/tls/prometheus.crt", content=secrets.prometheus_leaf.certificate),
         _secret("tls/prometheus.key", secrets.prometheus_leaf.key),
-        _secret("secrets/ready.curl", _curl(server, secrets, PORT, "/-/ready")),
-        _secret("secrets/reload.curl", _curl(server, secrets, PORT, "/-/reload", method="POST")),
-        _secret("secrets/snapshot.curl", _curl(server, secrets, PORT, SNAPSHOT, method="POST")),
-        _secret("secrets/node_exporter.curl", _curl(server, secrets, 9100, "/")),
+        _curl("ready", server, secrets, path="/-/ready"),
+        _curl("reload", server, secrets, path="/-/reload", method="POST"),
+        _curl(
+            *("snapshot", server, secrets),
+            path=SNAPSHOT,
+            method="POST",
+            max_seconds=SNAPSHOT_SECONDS,
+        ),
+        _curl("node_exporter", server, secrets, port=9100, path="/"),
+        *(
+            [_secret(ALERTMANAGER_PASSWORD, secrets.local.password)]
+            if server.alerting is not None
+            else []
+        ),
         # Jobs share passwords.
         *{file.path: file for file in _jobs(server, secrets)}.values(),
         *_federation(server, secrets),
@@ -131,13 +152,35 @@ def configuration(server: Server) -> dict[str, Any]:
             **_native_histograms(server.prometheus),
             "external_labels": dict(sorted(server.external_labels.items())),
         },
-        "rule_files": [f"rules/{name}" for name in sorted(server.rule_files)],
+        **_alerting(server),
+        "rule_files": [
+            *(f"alerts/{name}" for name in sorted(rules.contents(server))),
+            *(f"rules/{name}" for name in sorted(server.rule_files)),
+        ],
         # A file for each job, as they name files of secrets by what is in them (password_file).
         "scrape_config_files": [
             "jobs.d/*.yml",
             *(["federate.d/*.yml"] if isinstance(server, MasterServer) else []),
         ],
     }
+
+
+def _alerting(server: Server) -> dict[str, Any]:
+    """https://prometheus.io/docs/prometheus/latest/configuration/configuration/#alertmanager_config."""
+    if server.alerting is None:
+        return {}
+    config = {
+        "scheme": "https",
+        "path_prefix": alertmanager.PATH,
+        "basic_auth": {"username": LOCAL_USER, "password_file": ALERTMANAGER_PASSWORD},
+        "tls_config": {
+            "ca_file": "tls/ca.pem",
+            "server_name": server.fqdn,
+            "min_version": "TLS12",
+        },
+        "static_configs": [{"targets": [f"127.0.0.1:{alertmanager.PORT}"]}],
+    }
+    return {"alerting": {"alertmanagers": [config]}}
 
 
 def password_file(name: str, password: str) -> str:
@@ -162,10 +205,19 @@ def federate_job(site: FederatedSite, password_file: str) -> dict[str, Any]:
         "scrape_timeout": duration(min(FEDERATE_TIMEOUT_MS, interval * 14 // 15)),
         "scheme": "https",
         "metrics_path": "/federate",
-        "params": {"match[]": list(site.match)},
+        "params": {"match[]": [*site.match, ALWAYS_FEDERATED]},
         "honor_labels": True,
         # A slave says its own job and instance, but not that it is another site.
-        "metric_relabel_configs": [{"target_label": "site", "replacement": site.site}],
+        "metric_relabel_configs": [
+            {"target_label": "site", "replacement": site.site},
+            # A slave's alert is not the one that the master finds with the same rule.
+            {
+                "source_labels": ["__name__"],
+                "regex": "ALERTS(_FOR_STATE)?",
+                "target_label": "evaluated_by",
+                "replacement": "slave",
+            },
+        ],
         "honor_timestamps": True,
         # Federated samples carry timestamps: without this, a dead site's last values live on.
         "track_timestamps_staleness": True,
@@ -198,9 +250,17 @@ def _jobs(server: Server, secrets: ServerSecrets) -> Iterator[File]:
     """A file for each job of this host, with the files of secrets that it names."""
     local = Access(credential="basic", user=LOCAL_USER, server_name=server.fqdn)
     given = JobSecrets(password=secrets.local.password)
-    for name, port in (("prometheus", PORT), ("node", 9100)):
-        labels = {"instance": server.fqdn}
-        own = Job(name=name, targets=(f"127.0.0.1:{port}",), labels=labels, access=local)
+    doors = [("prometheus", PORT, "/metrics"), ("node", 9100, "/metrics")]
+    if server.alerting is not None:
+        doors.append(("alertmanager", alertmanager.PORT, f"{alertmanager.PATH}/metrics"))
+    for name, port, path in doors:
+        own = Job(
+            name=name,
+            targets=(f"127.0.0.1:{port}",),
+            labels={"instance": server.fqdn},
+            options={} if path == "/metrics" else {"metrics_path": path},
+            access=local,
+        )
         yield from _job(own, given, secrets.exporter, "local")
     for job in server.jobs:
         slug = _slug(job.name)
@@ -295,6 +355,8 @@ def _native_histograms(release: Release) -> dict[str, bool]:
 
 def _service(server: Server) -> str:
     memory_max = server.memory_mib - RESERVED_MIB - server.memory_mib // 16
+    if server.alerting is not None:
+        memory_max -= alertmanager.MEMORY_MIB
     return render(
         "systemd/prometheus.service.j2",
         release_dir=directory(server.prometheus),
@@ -383,29 +445,27 @@ def certificate_ends(server: Server, secrets: ServerSecrets) -> dict[str, int]:
     return {f"{FOLDER}/tls/{path}": end for path, end in ends.items()}
 
 
-def _curl(server: Server, secrets: ServerSecrets, port: int, path: str, method: str = "GET") -> str:
-    """A config file for curl, as a password on a command line could be read by anyone.
-
-    https://curl.se/docs/manpage.html#-K
-    """
-    lines = {
-        "url": f"https://{server.fqdn}:{port}{path}",
-        "connect-to": f"{server.fqdn}:{port}:127.0.0.1:{port}",
-        "request": method,
-        "user": f"{secrets.local.user}:{secrets.local.password}",
-        "cacert": f"{FOLDER}/tls/ca.pem",
-        "cert": f"{FOLDER}/tls/prometheus.crt",
-        "key": f"{FOLDER}/tls/prometheus.key",
-        "max-time": str(SNAPSHOT_SECONDS if path == SNAPSHOT else 60 if method == "POST" else 5),
-    }
-    return "".join(
-        [
-            *(f'{name} = "{value}"\n' for name, value in lines.items()),
-            "silent\nshow-error\nfail-with-body\n",
-            # What a GET answers is of no interest, what a refused POST answers is the reason.
-            "" if method == "POST" else 'output = "/dev/null"\n',
-        ]
+def _curl(
+    name: str,
+    server: Server,
+    secrets: ServerSecrets,
+    *,
+    path: str,
+    port: int = PORT,
+    method: str = "GET",
+    max_seconds: int | None = None,
+) -> File:
+    content = curl_config(
+        fqdn=server.fqdn,
+        port=port,
+        path=path,
+        user=secrets.local,
+        ca=f"{FOLDER}/tls/ca.pem",
+        pair=f"{FOLDER}/tls/prometheus",
+        method=method,
+        max_seconds=max_seconds,
     )
+    return _secret(f"secrets/{name}.curl", content)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hostfiles import (
+    alertmanager,
     backup,
     certificates,
     firewall,
@@ -14,6 +15,7 @@ from hostfiles import (
     public_certificate,
     sshd,
     system,
+    watch,
 )
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import Server, ServerSecrets
@@ -21,7 +23,8 @@ from hostfiles.releases import directory
 from hostfiles.web_config import web_config
 
 # e2fsprogs is part of every cloud image, but not of every image.
-PACKAGES = ("curl", "e2fsprogs", "nginx", "ufw", "unattended-upgrades")
+# node_exporter asks systemd through dbus.
+PACKAGES = ("curl", "dbus", "e2fsprogs", "nginx", "ufw", "unattended-upgrades")
 
 
 def host_files(server: Server) -> HostFiles:
@@ -30,7 +33,9 @@ def host_files(server: Server) -> HostFiles:
         files=(
             *programs.files(server),
             *prometheus.files(server),
+            *alertmanager.files(server),
             *backup.files(server),
+            *watch.files(server),
             *node_exporter.files(server),
             *nginx.files(server),
             *nginx_package.files(server),
@@ -41,13 +46,14 @@ def host_files(server: Server) -> HostFiles:
         checks=(
             *prometheus.checks(server),
             _web_config_check(server),
+            *alertmanager.checks(server),
             *node_exporter.checks(server),
             *nginx.CHECKS,
             *nginx_package.checks(server),
             *firewall.CHECKS,
             *sshd.CHECKS,
             *system.CHECKS,
-            programs.check(server),
+            *programs.checks(server),
         ),
         # The firewall first: nothing starts to listen before it stands.
         units=(
@@ -55,14 +61,20 @@ def host_files(server: Server) -> HostFiles:
             sshd.UNIT,
             *system.units(server.security_updates),
             programs.DATA_VOLUME_UNIT,
+            *([alertmanager.UNIT] if server.alerting else []),
             prometheus.UNIT,
             node_exporter.UNIT,
             nginx_package.UNIT,
             *public_certificate.units(server),
             nginx.unit(server),
             backup.UNIT,
+            watch.UNIT,
         ),
-        releases=(server.prometheus, server.node_exporter),
+        releases=(
+            server.prometheus,
+            server.node_exporter,
+            *([server.alerting.release] if server.alerting else []),
+        ),
         packages=PACKAGES,
     )
 
@@ -85,9 +97,11 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         ),
         *node_exporter.secret_files(server, secrets),
         *nginx.secret_files(server, secrets),
+        *alertmanager.secret_files(server, secrets),
         certificates.metrics(
             {
                 **prometheus.certificate_ends(server, secrets),
+                **alertmanager.certificate_ends(secrets),
                 f"{nginx.FOLDER}/tls/server.crt": secrets.nginx_leaf.not_after,
                 node_exporter.CERTIFICATE: secrets.node_exporter_leaf.not_after,
             }

@@ -184,6 +184,7 @@ def _converge(
         )
         base = image.ensure_image(steps)
         local = fetching.result()
+        base = replace(base, layers=(*releases.data_layers(), *base.layers))
         # The cached ones, but for those that the settings name.
         chosen = {
             key: {

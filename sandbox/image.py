@@ -33,7 +33,7 @@ PACKAGES = (
 )
 
 # Only downloaded, so that cloud-init's `packages:` still installs them, quickly.
-PRIMED_PACKAGES = ("nginx", "ufw")
+PRIMED_PACKAGES = ("nginx", "ufw", "unattended-upgrades")
 
 # What a given host may have already: the exporter as the distribution installs it (plain http on
 # port 9100), and a firewall.

@@ -37,7 +37,9 @@ _TRANSIT = IPv4Network("169.254.0.0/20")
 # that a machine may not reach could be answered by the network that this machine is in.
 _NOT_ON_THE_INTERNET = ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16")
 _UPLINK = "inet"  # A router's interface to the internet.
-_IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+# What this machine's kernel must allow at least, while a sandbox is up. Each machine's systemd
+# takes several inotify instances, and all are root's.
+_SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 4096}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,12 +500,17 @@ def _ensure_inet(plan: Plan, mtu: int, upstreams: Sequence[str]) -> bool:
     if run(["nft", "list", "table", "ip", plan.host_table], check=False).returncode != 0:
         run(["nft", "-f", "-"], stdin=table)
         changed = True
-    if _IP_FORWARD.read_text().strip() != "1":
-        recorded = plan.runtime_dir.parent / "ip_forward"
-        recorded.write_text("0\n")
-        _IP_FORWARD.write_text("1\n")
-        changed = True
+    for name, least in _SYSCTLS.items():
+        now = _sysctl_file(name).read_text()
+        if int(now) < least:
+            (plan.runtime_dir.parent / name).write_text(now)
+            _sysctl_file(name).write_text(f"{least}\n")
+            changed = True
     return changed
+
+
+def _sysctl_file(name: str) -> Path:
+    return Path("/proc/sys", *name.split("."))
 
 
 def _routed(plan: Plan, outside: Sequence[str]) -> bool:
@@ -831,11 +838,13 @@ def destroy_all(plan: Plan) -> list[str]:
         removed.append(f"link {plan.host_link}")
     if run(["nft", "delete", "table", "ip", plan.host_table], check=False).returncode == 0:
         removed.append(f"nftables table ip {plan.host_table}")
-    recorded = plan.runtime_dir.parent / "ip_forward"
     tables = run(["nft", "list", "tables", "ip"], check=False).stdout
-    # The other slot's sandbox still needs it; the last to go sets it back.
-    if recorded.exists() and not re.search(r"^table ip pf\d+$", tables, re.MULTILINE):
-        _IP_FORWARD.write_text(recorded.read_text())
-        recorded.unlink()
-        removed.append("net.ipv4.ip_forward, set back")
+    # Another slot's sandbox still needs them; the last to go sets them back.
+    if not re.search(r"^table ip pf\d+$", tables, re.MULTILINE):
+        for name in _SYSCTLS:
+            recorded = plan.runtime_dir.parent / name
+            if recorded.exists():
+                _sysctl_file(name).write_text(recorded.read_text())
+                recorded.unlink()
+                removed.append(f"{name}, set back")
     return removed

@@ -111,7 +111,10 @@ def _outputs(resource: Resource, id_: str) -> dict[str, Any]:
         providers.RANDOM_BYTES: {"base64": base64.b64encode(digest[:16]).decode()},
         providers.COMMAND: {"stdout": "", "stderr": ""},
         providers.VOLUME: {"arn": f"arn:{id_}"},
-        providers.INSTANCE: {"privateIp": f"10.{digest[0]}.{digest[1]}.{digest[2]}"},
+        providers.INSTANCE: {
+            "privateIp": f"10.{digest[0]}.{digest[1]}.{digest[2]}",
+            "publicIp": f"198.19.{digest[0]}.{digest[1]}",
+        },
         providers.ROLE: {"name": id_, "arn": f"arn:{id_}"},
         providers.ROLE_POLICY: {"name": id_},
         providers.INSTANCE_PROFILE: {"name": id_, "arn": f"arn:{id_}"},

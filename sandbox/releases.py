@@ -51,6 +51,10 @@ _DEBIAN: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "pebble": (("pebble",), {"pebble": "usr/bin/pebble"}),
 }
 
+# What Debian's builds read from the file system, and the official ones have within them.
+_DEBIAN_DATA = {"alertmanager": "usr/share/prometheus/alertmanager"}
+_DATA = RELEASES_DIR / "data"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _GoModule:
@@ -208,9 +212,14 @@ def debian_tool(progress: Progress, name: str) -> Path:
     return tool(name)
 
 
+def data_layers() -> tuple[Path, ...]:
+    """Return what stands in for parts of official releases, as layers of a machine's image."""
+    return (_DATA,) if _DATA.is_dir() else ()
+
+
 def _digest(pins: Sequence[Pin]) -> str:
     text = json.dumps(sorted((pin.name, pin.version, pin.sha256) for pin in pins))
-    return hashlib.sha256(f"1 {text}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"2 {text}".encode()).hexdigest()[:12]
 
 
 def _read_index(index: Path) -> dict[str, LocalRelease] | None:
@@ -338,6 +347,8 @@ def _repackage_one(name: str, work: Path, suite: str) -> LocalRelease:
         deb = next((work / "debs").glob(f"{package}_*.deb"))
         run(["dpkg-deb", "--extract", deb, root])
         version = version or run(["dpkg-deb", "--field", deb, "Version"]).stdout.strip()
+    if data := _DEBIAN_DATA.get(name):
+        shutil.copytree(root / data, _DATA / data, dirs_exist_ok=True)
     upstream = version.partition("-")[0].partition("+")[0]
     return _pack_release(
         name,

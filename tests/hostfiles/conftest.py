@@ -18,8 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hostfiles import firewall, master, slave
+from hostfiles.alertmanager import SECRETS_FOLDER
 from hostfiles.files import HostFiles
 from hostfiles.model import (
+    Alerting,
     Backup,
     Credential,
     FederatedSite,
@@ -41,6 +43,16 @@ CORE = Job(
     targets=("core01.example.internal:9100", "core02.example.internal:9100"),
     labels={"group": "CoreSystems Monitoring"},
 )
+
+
+HOOK = f"{SECRETS_FOLDER}/receivers-0-webhook_configs-0-url"
+
+
+def alerting(version: str) -> Alerting:
+    """One receiver, with a secret address."""
+    receiver = {"name": "team", "webhook_configs": [{"url_file": HOOK}]}
+    config = {"route": {"receiver": "team"}, "receivers": [receiver]}
+    return Alerting(config=config, release=release("alertmanager", version))
 
 
 class Authority:
@@ -123,8 +135,15 @@ def prometheus_version() -> str:
     return "3.13.2"
 
 
+@pytest.fixture(scope="session")
+def alertmanager_version() -> str:
+    return "0.34.0"
+
+
 @pytest.fixture
-def slave_server(authority: Authority, prometheus_version: str) -> Callable[..., SlaveServer]:
+def slave_server(
+    authority: Authority, prometheus_version: str, alertmanager_version: str
+) -> Callable[..., SlaveServer]:
     def make(**changed: Any) -> SlaveServer:
         jobs = changed.get("jobs", (CORE,))
         values: dict[str, Any] = {
@@ -152,6 +171,7 @@ def slave_server(authority: Authority, prometheus_version: str) -> Callable[...,
             "retention_time": "30d",
             "rule_files": {},
             "backup": Backup(interval_hours=24, keep=3, max_age_days=7),
+            "alerting": alerting(alertmanager_version),
             "site": "dublin",
             "master_names": (MASTER,),
             "federation_port": 9095,
@@ -176,7 +196,7 @@ def site() -> FederatedSite:
 
 @pytest.fixture
 def master_server(
-    authority: Authority, site: FederatedSite, prometheus_version: str
+    authority: Authority, site: FederatedSite, prometheus_version: str, alertmanager_version: str
 ) -> Callable[..., MasterServer]:
     def make(**changed: Any) -> MasterServer:
         sites = changed.get("sites", (site,))
@@ -205,6 +225,7 @@ def master_server(
             "retention_time": "30d",
             "rule_files": {},
             "backup": Backup(interval_hours=24, keep=3, max_age_days=7),
+            "alerting": alerting(alertmanager_version),
             "sites": sites,
             "ui_port": 443,
             "oauth2_proxy": release("oauth2-proxy", "7.15.4"),
@@ -227,6 +248,8 @@ def slave_secrets(leaves: dict[str, Leaf]) -> Callable[..., ServerSecrets]:
             "prometheus_leaf": leaf,
             "nginx_leaf": leaf,
             "node_exporter_leaf": leaf,
+            "alertmanager_leaf": leaf,
+            "alerting": {HOOK: "https://hooks.example.net/WWWWWWWW"},
             "remote": (credential("prometheus-admin", "R" * 48),),
             "local": credential("local", "L" * 48),
             "exporter": credential("prometheus-1", "E" * 48),
@@ -244,6 +267,8 @@ def master_secrets(leaves: dict[str, Leaf]) -> Callable[..., MasterSecrets]:
             "prometheus_leaf": leaf,
             "nginx_leaf": leaf,
             "node_exporter_leaf": leaf,
+            "alertmanager_leaf": leaf,
+            "alerting": {HOOK: "https://hooks.example.net/WWWWWWWW"},
             "remote": (credential("admin", "U" * 48),),
             "local": credential("local", "L" * 48),
             "site_passwords": {"dublin": "R" * 48},
@@ -336,6 +361,7 @@ class ToolImage:
 
     layers: tuple[Path, ...]
     prometheus_version: str
+    alertmanager_version: str
 
 
 @pytest.fixture(scope="session")
@@ -362,6 +388,8 @@ def tool_image(tmp_path_factory: pytest.TempPathFactory) -> ToolImage:
         "prometheus": f"prometheus-{version}",
         "promtool": f"prometheus-{version}",
         "node_exporter": "node_exporter-1.12.1",
+        "alertmanager": f"alertmanager-{found['alertmanager'].version}",
+        "amtool": f"alertmanager-{found['alertmanager'].version}",
     }.items():
         target = layer / "opt/releases" / folder / program
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -374,7 +402,11 @@ def tool_image(tmp_path_factory: pytest.TempPathFactory) -> ToolImage:
     (layer / "etc/ssh").mkdir(parents=True)
     (layer / "etc/ssh/ssh_host_ed25519_key").write_text(key)
     (layer / "etc/ssh/ssh_host_ed25519_key").chmod(0o600)
-    return ToolImage(layers=(layer, *image.layers), prometheus_version=version)
+    return ToolImage(
+        layers=(layer, *image.layers),
+        prometheus_version=version,
+        alertmanager_version=found["alertmanager"].version,
+    )
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ case "$1" in
 show) echo 0 ;;
 is-active) [ -e "/stub/active/$3" ] || exit 3 ;;
 restart | start) touch "/stub/active/$2" ;;
-stop) rm "/stub/active/$2" ;;
+stop) rm "/stub/active/$2" 2>/dev/null || { echo "Unit $2 not loaded." >&2; exit 5; } ;;
 esac
 [ "$(cat /stub/fail 2>/dev/null)" != "$1 $2" ] || { echo "the unit's own words" >&2; exit 1; }
 [ "$(cat /stub/kill 2>/dev/null)" != "$1 $2" ] || { rm /stub/kill; kill -9 $PPID; }
@@ -39,7 +39,6 @@ class Host:
     def __init__(self, root: Root) -> None:
         self.root = root
         root.write("/stub/systemctl", SYSTEMCTL, 0o755)
-        root.write("/stub/cloud-init", "#!/bin/sh\necho '{}'\n", 0o755)
         root.write("/stub/active/none", "")
         program = (FOLDER / "apply-bundle").read_text()
         root.write("/usr/local/sbin/apply-bundle", program, 0o755)
@@ -183,17 +182,22 @@ def test_a_removed_file_is_gone(applied: Host) -> None:
     assert applied.root.run(["test", "-L", "/etc/demo/b"]).returncode == 1
 
 
-def test_a_unit_that_is_gone_is_stopped_and_comes_back_with_the_old_files(applied: Host) -> None:
-    fewer = bundle(a="good 1", b="2")
-    del fewer["units"][0]
+def test_a_unit_that_left_the_bundle_is_stopped_and_comes_back_with_the_old_files(
+    applied: Host,
+) -> None:
+    less = bundle(a="good 1", b="2")
+    del less["units"][0]
     applied.on("fail", "reload b.service")
-    assert applied.apply(fewer).returncode == 1
+    assert applied.apply(less).returncode == 1
     assert applied.calls[:3] == ["stop a.service", "reload b.service", "restart a.service"]
     applied.off("fail")
-    done = applied.apply(fewer)
+    # Killed before it noted that the unit is stopped: systemd knows it no more.
+    applied.on("kill", "stop a.service")
+    assert applied.apply(less).returncode != 0
+    done = applied.apply(less)
     assert done.returncode == 0, done.stderr
-    assert "stopped a.service" in done.stdout
-    assert applied.apply(fewer).stdout == "no changes\n"
+    assert "stop a.service" not in applied.calls
+    assert applied.apply(less).stdout == "no changes\n"
     assert applied.apply(bundle(a="good 1", b="2")).returncode == 0
     assert "restart a.service" in applied.calls
 
@@ -297,14 +301,6 @@ def test_an_owner_who_does_not_exist_is_named(host: Host) -> None:
     assert "nobodys" in done.stderr
 
 
-def test_a_first_boot_that_failed_is_told_in_cloud_inits_words(host: Host) -> None:
-    stub = '#!/bin/sh\necho \'{"errors": ["no package nginxx"]}\'\nexit 1\n'
-    host.root.write("/stub/cloud-init", stub, 0o755)
-    done = host.apply(bundle(a="good"))
-    assert done.returncode == 1
-    assert "no package nginxx" in done.stderr
-
-
 def test_a_second_run_waits_for_the_first(applied: Host) -> None:
     # The lock is a file of the host: one root for both.
     script = (
@@ -357,3 +353,39 @@ def test_a_release_that_cannot_be_had_changes_nothing(applied: Host) -> None:
     assert done.stderr == f"apply-bundle: installing demo 2: {words}\nNothing was changed.\n"
     assert applied.cat("/etc/demo/b") == "1"
     assert applied.calls == []
+
+
+def checked(host: Host) -> tuple[str, dict[str, str]]:
+    """What `--check` prints, and the metrics that it writes."""
+    done = host.root.run(["/usr/local/sbin/apply-bundle", "--check", "/run/bundle.prom"])
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in host.cat("/run/bundle.prom").splitlines() if line[0] != "#"]
+    return done.stdout, dict(line.rsplit(" ", 1) for line in lines)
+
+
+def test_a_check_tells_what_somebody_changed_and_touches_nothing(applied: Host) -> None:
+    printed, metrics = checked(applied)
+    assert printed == ""
+    assert metrics["federation_bundle_changed_files"] == "0"
+    assert metrics["federation_bundle_unfinished"] == "0"
+    applied.root.run(["sh", "-c", "echo more >>/etc/demo/a; rm /etc/demo/b; echo 1 >/etc/demo/b"])
+    printed, metrics = checked(applied)
+    assert printed == "not as delivered: /etc/demo/a\nnot as delivered: /etc/demo/b\n"
+    assert metrics["federation_bundle_changed_files"] == "2"
+    assert applied.cat("/etc/demo/a") == "good 1more\n"
+    assert applied.apply(bundle(a="good 1", b="1")).returncode == 0
+    assert checked(applied)[1]["federation_bundle_changed_files"] == "0"
+
+
+def test_a_check_tells_of_a_delivery_that_was_killed(applied: Host) -> None:
+    applied.on("kill", "restart a.service")
+    assert applied.apply(bundle(a="good 2", b="2")).returncode != 0
+    assert checked(applied)[1]["federation_bundle_unfinished"] == "1"
+    assert applied.apply(bundle(a="good 2", b="2")).returncode == 0
+    assert checked(applied)[1]["federation_bundle_unfinished"] == "0"
+
+
+def test_a_check_of_a_host_without_bundle_fails(host: Host) -> None:
+    done = host.root.run(["/usr/local/sbin/apply-bundle", "--check", "/run/bundle.prom"])
+    assert done.returncode == 1
+    assert "no bundle here" in done.stderr

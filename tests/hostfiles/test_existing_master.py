@@ -32,7 +32,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hostfiles import existing_master
+from hostfiles import existing_master, prometheus
 from hostfiles.model import ExistingMaster, ExistingMasterSecrets, FederatedSite
 from hostfiles.templates import FOLDER
 from tests.hostfiles.conftest import Authority, ToolImage
@@ -109,7 +109,7 @@ def test_a_job_has_what_the_settings_of_its_slave_say(
 ) -> None:
     told = json.loads(existing_master.delivery(master(authority, site()), secrets))
     (job,) = yaml.safe_load(told["sites"]["dublin"]["content"])["scrape_configs"]
-    assert job["params"] == {"match[]": ['{job="CoreSystems"}']}
+    assert job["params"] == {"match[]": ['{job="CoreSystems"}', prometheus.ALWAYS_FEDERATED]}
     assert job["sample_limit"] == 1234
     assert job["honor_labels"]
     assert "insecure_skip_verify" not in job["tls_config"]

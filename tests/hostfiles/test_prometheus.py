@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_any_text_may_be_a_jobs_name(
     server = slave_server(jobs=jobs)
     files = prometheus.secret_files(server, slave_secrets())
     paths = [f.path for f in files if "/jobs.d/" in f.path]
-    assert len(paths) == len(set(paths)) == len(names) + 2
+    assert len(paths) == len(set(paths)) == len(names) + 3
     assert all(path.count("/") == 4 for path in paths)
 
 
@@ -203,9 +204,16 @@ def test_the_federate_job_is_named_federate_for_every_site(site: FederatedSite) 
     ]
     assert job["honor_labels"] is True
     assert job["metrics_path"] == "/federate"
-    assert job["params"] == {"match[]": ['{__name__=~".+"}']}
+    assert job["params"] == {"match[]": ['{__name__=~".+"}', prometheus.ALWAYS_FEDERATED]}
     assert job["track_timestamps_staleness"] is True
     assert job["tls_config"]["server_name"] == SLAVE
+
+
+def test_an_alert_of_a_slave_is_not_the_masters_own(site: FederatedSite) -> None:
+    told_apart = prometheus.federate_job(site, "secrets/p")["metric_relabel_configs"][1]
+    assert re.fullmatch(told_apart["regex"], "ALERTS")
+    assert re.fullmatch(told_apart["regex"], "ALERTS_FOR_STATE")
+    assert (told_apart["target_label"], told_apart["replacement"]) == ("evaluated_by", "slave")
 
 
 def test_the_body_limit_holds_as_many_series_as_the_sample_limit(site: FederatedSite) -> None:
@@ -218,7 +226,7 @@ def test_the_body_limit_holds_as_many_series_as_the_sample_limit(site: Federated
 def test_a_slave_cannot_pass_its_series_off_as_another_sites(site: FederatedSite) -> None:
     job = prometheus.federate_job(site, "secrets/p")
     # honor_labels lets it choose any label; this comes after it and wins.
-    assert job["metric_relabel_configs"] == [{"target_label": "site", "replacement": site.site}]
+    assert job["metric_relabel_configs"][0] == {"target_label": "site", "replacement": site.site}
 
 
 @pytest.mark.parametrize(
@@ -260,7 +268,7 @@ def test_the_master_keeps_prometheus_own_lookback(
 def test_the_unit_leaves_memory_to_the_rest_of_the_host(
     slave_server: Callable[..., SlaveServer],
 ) -> None:
-    unit = flags(slave_server(memory_mib=1024))
+    unit = flags(slave_server(memory_mib=1024, alerting=None))
     assert "MemoryMax=704M" in unit
     assert "GOMEMLIMIT=563MiB" in unit
 

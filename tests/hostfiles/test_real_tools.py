@@ -31,6 +31,11 @@ def prometheus_version(tool_image: ToolImage) -> str:
     return tool_image.prometheus_version
 
 
+@pytest.fixture(scope="session")
+def alertmanager_version(tool_image: ToolImage) -> str:
+    return tool_image.alertmanager_version
+
+
 def check(root: Root, host: HostFiles, name: str) -> subprocess.CompletedProcess[str]:
     """Runs the check of that name on the host's files, staged at /tree."""
     for file in host.files:
@@ -62,6 +67,9 @@ CHECKS = [
     "sshd's drop-in",
     "apt's configuration",
     "systemd units",
+    "Alertmanager",
+    "alertmanager.yml",
+    "Alertmanager's web.yml",
 ]
 
 
@@ -201,6 +209,22 @@ def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFil
             "OnCalendar=*-*-* 00:",
             "OnCalendar=*-*-* 24:",
             "calendar specification",
+        ),
+        (
+            "systemd units",
+            "/etc/systemd/system/federation-watch.service",
+            "Type=oneshot",
+            "Typo=oneshot",
+            "Typo",
+        ),
+        ("alertmanager.yml", "/etc/alertmanager/alertmanager.yml", "receiver: team", "x: y", "x"),
+        ("Alertmanager's web.yml", "/etc/alertmanager/web.yml", "TLS12", "TLS99", "TLS99"),
+        (
+            "prometheus.yml",
+            "/etc/prometheus/alerts/server.yml",
+            "expr: vector(1)",
+            "expr: vector(1",
+            "unclosed left parenthesis",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from hostfiles import backup, bundle, cloud_init, nginx_package, slave, system
+from hostfiles import alertmanager, backup, bundle, cloud_init, nginx_package, slave, system, watch
 from hostfiles.files import File, HostFiles
 from hostfiles.model import ServerSecrets, SlaveServer
 from hostfiles.web_config import web_config
@@ -24,7 +24,7 @@ def test_no_public_file_holds_a_secret(whole_slave: HostFiles, whole_master: Hos
     for host in (whole_slave, whole_master):
         for file in host.files:
             if not file.secret:
-                for canary in ("R" * 48, "L" * 48, "U" * 48, "PRIVATE KEY-----\n", "$2b$"):
+                for canary in ("R" * 48, "L" * 48, "U" * 48, "WWWW", "PRIVATE KEY-----\n", "$2b$"):
                     assert canary not in file.content, file.path
 
 
@@ -37,7 +37,7 @@ def test_secret_files_are_for_one_group_at_most(
         for file in secret:
             assert file.owner == "root"
             assert file.mode == 0o640, file.path
-            assert file.group in {"prometheus", "node_exporter", "www-data"}
+            assert file.group in {"prometheus", "node_exporter", "www-data", "alertmanager"}
 
 
 def test_no_command_holds_a_secret(whole_slave: HostFiles) -> None:
@@ -73,8 +73,8 @@ def test_user_data_fits_and_holds_every_public_file_but_what_may_be_left_out(
     written = {file["path"] for file in config["write_files"]}
     left_out = {file.path for file in host.files} - written
     folders = ("/etc/prometheus/", "/etc/nginx/", "/etc/node_exporter/")
-    paths = (*folders, *backup.PATHS, *nginx_package.PATHS, *system.PATHS)
-    assert all(path.startswith(paths) for path in left_out)
+    brought = (*alertmanager.PATHS, *backup.PATHS, *nginx_package.PATHS, *system.PATHS)
+    assert all(path.startswith((*folders, *brought, *watch.PATHS)) for path in left_out)
     assert data == cloud_init.user_data(
         host, first_contact_key=ssh_key[0], first_contact_public=ssh_key[1]
     )

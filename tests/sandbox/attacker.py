@@ -23,7 +23,8 @@ _ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection:
 _END_OF_REQUEST = b"\r\n\r\n"
 
 
-def _context(certificate: str, key: str) -> ssl.SSLContext:
+def server_context(certificate: str, key: str) -> ssl.SSLContext:
+    """Of a certificate and key that stand in no file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     files = [os.memfd_create(part) for part in ("certificate", "key")]
     for file, content in zip(files, (certificate, key), strict=True):
@@ -73,7 +74,8 @@ def _listen_to(connection: socket.socket, context: ssl.SSLContext | None) -> dic
 def _main() -> None:
     signal.alarm(LIFE_SECONDS)
     order = json.loads(sys.stdin.readline())
-    context = _context(order["certificate"], order["key"]) if order["certificate"] else None
+    pair = order["certificate"], order["key"]
+    context = server_context(*pair) if order["certificate"] else None
     with socket.create_server((order["address"], order["port"])) as server:
         print(json.dumps({"listening": True}), flush=True)
         while True:

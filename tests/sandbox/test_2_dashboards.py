@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import ssl
 from typing import Any
@@ -107,11 +106,10 @@ READS = ["labels", "label/job/values", "series?match[]=up", "metadata", "rules",
 def test_the_data_source_of_the_outputs_works(sandbox: Sandbox) -> None:
     outputs = sandbox.outputs
     (source,) = yaml.safe_load(outputs["grafanaDataSource"])["datasources"]
-    pair = f"{outputs['master']['user']}:{outputs['masterPassword']}"
     # What the operator puts there.
     files = {
         grafana.CA: outputs["caCertificate"],
-        grafana.AUTHORIZATION: f"Basic {base64.b64encode(pair.encode()).decode()}",
+        grafana.AUTHORIZATION: f"Bearer {outputs['masterTokens']['grafana']}",
     }
     secure = {
         key: files[value.removeprefix("$__file{").removesuffix("}")]

@@ -283,6 +283,7 @@ def test_nothing_listens_but_what_must(
         ("tcp", *door, "nginx"),
         ("tcp", "127.0.0.1", 9090, "prometheus"),
         ("tcp", "127.0.0.1", 9100, "node_exporter"),
+        ("tcp", "127.0.0.1", 9093, "alertmanager"),
     }
 
 
@@ -558,6 +559,27 @@ def test_on_loopback_prometheus_answers_nobody_without_password(
     assert (known.short, "prometheus_build_info" in known.body) == (200, True)
     assert tidied.short == 204
     assert sandbox.start_times() == started
+
+
+@pytest.mark.parametrize("server", ["master", "dublin"])
+def test_on_loopback_alertmanager_answers_nobody_without_password(
+    sandbox: Sandbox, keys: Keyring, server: str
+) -> None:
+    door = Door(address="127.0.0.1", port=9093, name=_fqdn(server))
+    local = keys.own_client(server).but(certificate="", key="")
+    status = "/alertmanager/api/v2/status"
+    paths = [("GET", status), ("GET", "/alertmanager/"), ("POST", "/alertmanager/-/reload")]
+    paths += [("GET", "/alertmanager/metrics"), ("GET", "/-/ready"), ("GET", "/nowhere")]
+    for client in (local.but(user="", password=""), local.but(password="x" * 48)):
+        requests = [Request(door=door, client=client, method=m, path=p) for m, p in paths]
+        answers = ask(sandbox.namespace(server), requests)
+        assert [answer.short for answer in answers] == [401] * len(paths)
+    plain = Request(door=replace(door, name=""), client=local, path=status)
+    without_tls, known = ask(
+        sandbox.namespace(server), [plain, Request(door=door, client=local, path=status)]
+    )
+    assert (without_tls.short, NO_TLS in without_tls.body) == (400, True)
+    assert (known.short, '"receivers' in known.body) == (200, True)
 
 
 @pytest.mark.parametrize("server", ["master", "dublin"])

@@ -77,6 +77,8 @@ LISTENERS = {
     "443 of the master": ("master", 443),
     "Prometheus of the slave": ("dublin", 9090),
     "Prometheus of the master": ("master", 9090),
+    "Alertmanager of the slave": ("dublin", 9093),
+    "Alertmanager of the master": ("master", 9093),
     "node_exporter of the slave": ("dublin", 9100),
     "node_exporter of the master": ("master", 9100),
     **{f"node_exporter of {core}": (core, 9100) for core in CORES},

@@ -41,7 +41,7 @@ HASH = "hash"
 MAKERS = (providers.PRIVATE_KEY, providers.RANDOM_PASSWORD, providers.RANDOM_BYTES)
 
 GROUPS = {"etc/prometheus": "prometheus", "etc/nginx": "www-data"}
-GROUPS |= {"etc/node_exporter": "node_exporter"}
+GROUPS |= {"etc/node_exporter": "node_exporter", "etc/alertmanager": "alertmanager"}
 
 
 class Needles:
@@ -210,6 +210,11 @@ def test_each_secret_is_in_the_files_of_its_program_and_nobody_else_may_read_the
             "etc/node_exporter/tls/node_exporter.key": {f"{name}-node-exporter-key"},
             "etc/node_exporter/config.yml": {HASH},
             "etc/nginx/tls/server.key": {f"{name}-nginx-key"},
+            "etc/prometheus/secrets/alertmanager.password": local,
+            "etc/alertmanager/secrets/ready.curl": local,
+            "etc/alertmanager/secrets/reload.curl": local,
+            "etc/alertmanager/tls/alertmanager.key": {f"{name}-alertmanager-key"},
+            "etc/alertmanager/web.yml": {HASH},
             "etc/nginx/users.htpasswd": {HASH},
             "etc/nginx/callers.map": {HASH},
         }

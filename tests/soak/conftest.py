@@ -7,16 +7,12 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
 from tests.sandbox.conftest import ROOT, Sandbox
 
 RESULTS = ROOT / "docs" / "soak.md"
-# Each machine's systemd takes several of these, and all are root's: 128 are too few for fifty.
-INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
-INOTIFY_INSTANCES = 4096
 
 
 @pytest.fixture
@@ -25,12 +21,8 @@ def fresh() -> Iterator[Sandbox]:
     slot = int(os.environ.get("SANDBOX_TEST_SLOT", "1"))
     own = Sandbox.fresh(slot, ROOT / f".sandbox-test{slot}")
     own.run("down")
-    before = INOTIFY.read_text()
-    if int(before) < INOTIFY_INSTANCES:
-        INOTIFY.write_text(str(INOTIFY_INSTANCES))
     yield own
     own.run("down")
-    INOTIFY.write_text(before)
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def commands_trust_no_unknown_host_and_show_nothing(run: Evaluated) -> Iterator[
             yield f"{command.name}: logs"
         if not {"stdout", "stderr"} <= set(command.secret_outputs):
             yield f"{command.name}: shows what the host said"
-        if not isinstance(command.inputs["stdin"], Secret):
+        if "stdin" in command.inputs and not isinstance(command.inputs["stdin"], Secret):
             yield f"{command.name}: shows what it sends"
 
 

@@ -14,7 +14,8 @@ import pulumi
 import pytest
 
 from sandbox import providers
-from sandbox.program import Secret, plain
+from sandbox.program import Resource, Secret, evaluate, plain
+from sandbox.recorder import Recorder
 from tests.unit.conftest import NAMESPACE, Evaluated, run_program
 from tests.unit.policy import strings
 
@@ -40,7 +41,7 @@ WITHOUT_TAGS = {
 }
 USER_DATA_LIMIT = 16_384
 # The commands of a server, by the ends of their names.
-PURPOSES = ("first-contact", "bundle")
+PURPOSES = ("first-contact", "first-boot", "bundle")
 
 
 def test_slave_and_master_are_components_of_one_run(dev: Evaluated) -> None:
@@ -202,15 +203,13 @@ def test_outputs_tell_a_person_where_everything_is(dev: Evaluated) -> None:
 
 
 def test_commands_verify_the_host_show_nothing_and_follow_the_instance(dev: Evaluated) -> None:
-    servers = {f"{name}-{what}" for name in ("master", "slave-dublin") for what in PURPOSES}
-    commands = [c for c in dev.recorder.of_type(providers.COMMAND) if c.name in servers]
-    assert len(commands) == 4
-    for command in commands:
+    for command in [*commands_of(dev, "master"), *commands_of(dev, "slave-dublin")]:
         connection = plain(command.inputs["connection"])
         assert isinstance(command.inputs["connection"], Secret)
         assert connection["hostKey"].startswith("ssh-ed25519 ")
         assert connection["dialErrorLimit"] == -1
-        assert isinstance(command.inputs["stdin"], Secret)
+        # first-boot is sent nothing.
+        assert isinstance(command.inputs.get("stdin"), Secret) == ("first-boot" not in command.name)
         assert command.inputs["logging"] == "none"
         assert command.inputs["addPreviousOutputInEnv"] is False
         assert {"stdout", "stderr"} <= set(command.secret_outputs)
@@ -221,18 +220,70 @@ def test_commands_verify_the_host_show_nothing_and_follow_the_instance(dev: Eval
         assert "delete" not in command.inputs
 
 
-def test_the_bundle_is_delivered_over_another_host_key_than_the_first_contact(
+def commands_of(evaluated: Evaluated, host: str) -> list[Resource]:
+    """The commands of a server, in the order of their purposes."""
+    names = [f"{host}-{purpose}" for purpose in PURPOSES]
+    return [evaluated.recorder.one(providers.COMMAND, name) for name in names]
+
+
+def test_only_the_first_contact_is_made_by_its_key_and_none_of_first_boot_is_made_again(
     dev: Evaluated,
 ) -> None:
     for host in ("master", "slave-dublin"):
-        first = dev.recorder.one(providers.COMMAND, f"{host}-first-contact")
-        bundle = dev.recorder.one(providers.COMMAND, f"{host}-bundle")
-        keys = {plain(c.inputs["connection"])["hostKey"] for c in (first, bundle)}
-        assert len(keys) == 2
-        assert first.urn in bundle.dependencies
-        # With a renewed operators' key nobody must look for a host key that is gone.
-        assert first.ignore_changes == ("connection",)
+        first, booted, bundle = commands_of(dev, host)
+        keys = [plain(c.inputs["connection"])["hostKey"] for c in (first, booted, bundle)]
+        assert keys[0] != keys[1]
+        assert keys[1] == keys[2]
+        # With a renewed operators' key nobody must look for a host key or an address that is gone.
+        assert first.ignore_changes == booted.ignore_changes == ("connection",)
         assert not bundle.ignore_changes
+
+
+def test_address_and_volume_join_an_instance_after_its_first_boot_over_its_own_address(
+    dev: Evaluated,
+) -> None:
+    for host in ("master", "slave-dublin"):
+        first, booted, bundle = commands_of(dev, host)
+        assert first.urn in booted.dependencies
+        joining = [
+            dev.recorder.one(type_, host)
+            for type_ in (providers.EIP_ASSOCIATION, providers.VOLUME_ATTACHMENT)
+        ]
+        for resource in joining:
+            assert booted.urn in resource.dependencies
+            assert resource.urn in bundle.dependencies
+        own, same, elastic = (
+            plain(command.inputs["connection"])["host"] for command in (first, booted, bundle)
+        )
+        assert own == same
+        assert own != elastic == address(dev, f"prometheus-{host.partition('-')[0]}")
+
+
+class Refusing(Recorder):
+    """A Recorder that fails to make the resource of one name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def register(self, resource: Resource) -> tuple[str, dict[str, Any]]:
+        """Writes it down, or fails."""
+        if resource.name == self._name:
+            raise RuntimeError(f"{resource.name} failed")
+        return super().register(resource)
+
+
+def test_a_failed_first_boot_leaves_address_volume_and_secrets_where_they_are(
+    dev: Evaluated,
+) -> None:
+    refusing = Refusing("master-first-boot")
+    with pytest.raises(RuntimeError, match="master-first-boot failed"):
+        evaluate(dev.project, refusing)
+    made = {(r.type, r.name) for r in refusing.resources}
+    moving = (providers.EIP_ASSOCIATION, providers.VOLUME_ATTACHMENT)
+    assert not {(type_, "master") for type_ in moving} & made
+    assert (providers.COMMAND, "master-bundle") not in made
+    assert {(type_, "slave-dublin") for type_ in moving} <= made, "the other host goes on"
 
 
 def test_hashes_are_bcrypt_of_the_agreed_costs(dev: Evaluated) -> None:

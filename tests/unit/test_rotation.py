@@ -66,7 +66,10 @@ def test_the_master_changes_before_the_slave_does(dev: Evaluated) -> None:
     def waits(evaluated: Evaluated) -> bool:
         master = evaluated.recorder.one(providers.COMMAND, "master-bundle")
         slave = evaluated.recorder.one(providers.COMMAND, "slave-dublin-bundle")
-        return master.urn in slave.dependencies
+        # Where its instance is new, the old one serves until then.
+        joining = evaluated.recorder.one(providers.EIP_ASSOCIATION, "slave-dublin")
+        assert joining.urn in slave.dependencies
+        return master.urn in joining.dependencies
 
     # At first they boot side by side.
     assert not waits(dev)
