@@ -240,7 +240,12 @@ def _write_outputs(plan: Plan, stack: Path, outputs: Mapping[str, Any]) -> None:
         "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in _servers(known)),
     }
     if "master" in known:
-        files["master.curl"] = f'{_login(known)}cacert = "{folder / "ca.pem"}"\n'
+        master = known["master"]
+        files["master.curl"] = (
+            f'{_login(known)}cacert = "{folder / "ca.pem"}"\n'
+            # A public authority's certificate is of the name alone, which only the sandbox knows.
+            f'resolve = "{master["host"]}:443:{master["publicIp"]}"\n'
+        )
     for name, content in files.items():
         path = folder / name
         if not path.exists() or path.read_text() != content:
@@ -311,7 +316,8 @@ def _tell_master(folder: Path, state: State, console: Console) -> None:
     except (httpx.HTTPError, SandboxError):
         pages = False
     lines = [
-        f"query     curl -K {folder / 'master.curl'} 'https://{address}/api/v1/query?query=up'",
+        f"query     curl -K {folder / 'master.curl'} "
+        f"'https://{master['host']}/api/v1/query?query=up'",
         f"user      {master['user']}, password in {folder / 'master.curl'}"
         if "user" in master
         else "user      people log in at the provider of the settings",
