@@ -60,6 +60,17 @@ def test_what_is_no_line_of_the_access_log_counts_for_nothing(host: Root) -> Non
     assert counted(host) == {"401": 1, "403": 0, "429": 0}
 
 
+def test_bytes_that_are_no_text_do_not_end_the_count(host: Root) -> None:
+    # What nginx logs of the path /%C0.
+    host.write(
+        "/stub/journalctl",
+        JOURNALCTL + 'printf \'{"path": "/\\300", "status": 403}\\n\'\n',
+        0o755,
+    )
+    log(host, 401)
+    assert counted(host) == {"401": 1, "403": 1, "429": 0}
+
+
 def test_a_journal_that_cannot_be_read_is_an_error_and_loses_nothing(host: Root) -> None:
     log(host, 401)
     assert counted(host)["401"] == 1

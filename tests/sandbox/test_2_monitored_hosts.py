@@ -363,10 +363,11 @@ def _unhardened(sandbox: Sandbox, name: str) -> str:
     return sandbox.script(
         name,
         "set -eu; trap 'systemctl stop unhardened' EXIT;"
-        " systemd-run --quiet --collect --unit=unhardened"
-        " /opt/releases/node_exporter-*/node_exporter"
-        f" --web.listen-address=127.0.0.1:{FREE_PORT}"
-        " --collector.textfile.directory=/etc/node_exporter/textfile;"
+        " process=$(systemctl show --property=MainPID --value node_exporter);"
+        " mapfile -d '' -t argv </proc/$process/cmdline; flags=();"
+        ' for word in "${argv[@]:1}"; do [[ $word = --web.* ]] || flags+=("$word"); done;'
+        ' systemd-run --quiet --collect --unit=unhardened "${argv[0]}" "${flags[@]}"'
+        f" --web.listen-address=127.0.0.1:{FREE_PORT};"
         " curl --silent --show-error --fail --max-time 20 --retry 20 --retry-delay 1"
         f" --retry-connrefused http://127.0.0.1:{FREE_PORT}/metrics 2>/dev/null",
     )

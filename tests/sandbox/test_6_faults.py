@@ -86,7 +86,7 @@ def test_up_that_was_killed_again_and_again_is_finished_by_the_next(own: Sandbox
     kill_up(own, "first-boot", 0.2)
     kill_up(own, "create EipAssociation", 0.5)
     # From its first line on: in the middle of the bundles.
-    kill_up(own, "", 8.0)
+    kill_up(own, "", 2.5)
     # Host keys that were on their way find theirs after a reboot, too.
     for name in machine.machines(own.plan):
         machine.stop(own.plan, name, seconds=0)
