@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sandbox import acme, releases
+from sandbox import acme, host, releases
 from sandbox.plan import NETNS_DIR
 from tests.sandbox.conftest import Sandbox, no_scrape_lost
 from tests.sandbox.probe import OPEN, SILENCE, knock
@@ -34,6 +34,7 @@ def public(sandbox: Sandbox) -> Iterator[Sandbox]:
     sandbox.world["acme"] = True
     sandbox.set(
         scrapeInterval="1s",
+        evaluationInterval="1s",
         letsEncrypt={
             "email": "operator@example.com",
             "agreeToTerms": True,
@@ -127,6 +128,7 @@ def test_what_nginx_refuses_is_not_shown(public: Sandbox) -> None:
         assert not attempt(public, "dublin")
         assert shown(public, "dublin", "-serial") == before
         public.wait(f'{METRIC}_refused{{site="dublin"}} == 1')
+        public.wait('ALERTS{alertname="PublicCertificateRefused", alertstate="firing"}')
         assert "nginx refuses" in public.inside("dublin", "journalctl", "-u", "public-certificate")
         # The next attempt, however it comes about, brings the one that is there.
         public.script("dublin", f"rm {broken}; systemctl start certbot.service")
@@ -240,5 +242,9 @@ def test_a_slow_authority_with_another_root_is_waited_for(public: Sandbox) -> No
             check=False,
         )
         assert "Verify return code: 0 (ok)" in verified
+    # As `up` tells the operator.
+    login = public.plan.state_dir / "outputs" / "master.curl"
+    query = "https://prometheus-master.example.com/api/v1/query?query=up"
+    host.run(["curl", "--silent", "--show-error", "--fail", "--config", login, query])
     public.wait(f"sum({METRIC}_shown) == 2")
     public.wait(f"sum({METRIC}_failed_attempts) == 0")
