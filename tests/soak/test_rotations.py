@@ -1,0 +1,37 @@
+"""Every renewal once more, under a scrape every second: what make test does at every two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.sandbox import test_5_rotation as rotation
+from tests.sandbox.conftest import Sandbox
+from tests.soak.conftest import timed
+
+
+def test_renewals_under_a_scrape_every_second(
+    fresh: Sandbox,
+    results: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(rotation, "INTERVAL_SECONDS", 1)
+    fresh.set(scrapeInterval="1s")
+    fresh.up()
+    fresh.wait(f"sum_over_time({rotation.FEDERATE}[10s]) >= 8")
+    renewals: dict[str, Callable[[], None]] = {
+        "federation password": lambda: rotation.test_the_federation_password(fresh),
+        "password of the page": lambda: rotation.test_the_password_of_the_page(fresh),
+        "leaf certificates": lambda: rotation.test_leaf_certificates_of_slave_and_master(fresh),
+        "operators' SSH key": lambda: rotation.test_the_operators_ssh_key(fresh, tmp_path),
+        "CA": lambda: rotation.test_the_certificate_authority(fresh),
+    }
+    rows: dict[str, str] = {}
+    for name, renewal in renewals.items():
+        # Each fails if a scrape between any two of our machines failed, or a service restarted.
+        seconds, _ = timed(lambda renewal=renewal: str(renewal()))
+        rows[name] = f"no scrape failed, nothing restarted; {seconds:.0f} s"
+    results("Renewals under a scrape every second", rows)
