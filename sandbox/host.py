@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,19 +153,19 @@ def require_platform() -> None:
         raise SandboxError(f"This kernel lacks the namespaces {', '.join(absent)}.", LINUX_INSTEAD)
 
 
-def missing() -> list[str]:
-    """Return the Debian packages that are needed and not installed."""
+def missing(packages: Mapping[str, str] = PACKAGES) -> list[str]:
+    """Return the packages of which the file or program that they are needed for is not there."""
 
     def installed(thing: str) -> bool:
         return Path(thing).exists() if thing.startswith("/") else shutil.which(thing) is not None
 
     _complete_path()
-    return [package for package, thing in PACKAGES.items() if not installed(thing)]
+    return [package for package, thing in packages.items() if not installed(thing)]
 
 
-def install(progress: Progress) -> list[str]:
+def install(progress: Progress, wanted: Mapping[str, str] = PACKAGES) -> list[str]:
     """Install what `missing` names, having named it; return the packages."""
-    packages = missing()
+    packages = missing(wanted)
     if not packages:
         return []
     if shutil.which("apt-get") is None:
