@@ -18,7 +18,7 @@ from components.slave import FederatingMaster, Slave
 chosen = settings.load()
 environment = make_environment(chosen)
 backups = Backups(environment)
-pulumi.export("caCertificate", Output.secret(environment.authority.bundle))
+pulumi.export("caCertificate", Output.secret(environment.trusted))
 pulumi.export("sshPrivateKey", Output.secret(environment.ssh_key.private_key_openssh))
 
 master_address = HostAddress("master", chosen.master, environment) if chosen.master else None

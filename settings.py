@@ -31,8 +31,9 @@ from pydantic import (
 from alerting_settings import AlertingSettings
 from door_settings import OAuth2Settings, TokenName
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Backup, Release, SecurityUpdates
+from hostfiles.model import Acme, Backup, Release, SecurityUpdates
 from job_settings import HostAccess, JobSettings, check_jobs
+from lets_encrypt_settings import LetsEncryptSettings
 from setting_types import (
     Cidr,
     DomainName,
@@ -127,6 +128,7 @@ def _one_or_many(value: Any) -> Any:
 
 
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
+Certificates = Literal["ownCa", "letsencrypt"]
 Version = Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -213,6 +215,7 @@ class HostSettings(Model):
     """
 
     host: HostLabel
+    certificates: Certificates | None = None
     region: str | None = None
     subnet_id: SubnetId | None = None
     instance_type: InstanceType | None = None
@@ -398,7 +401,8 @@ class Settings(Model):
     zone: DomainName
     operator_cidrs: Annotated[tuple[Cidr, ...], Field(min_length=1)]
     package_cidrs: tuple[Cidr, ...]
-    certificates: Literal["ownCa"]
+    certificates: Certificates
+    lets_encrypt: Annotated[LetsEncryptSettings | None, BeforeValidator(_none_if_empty)]
     os: Literal["debian13", "ubuntu2604"]
     ami_id: Annotated[
         Annotated[str, Field(pattern=r"^ami-[a-z0-9]+$")] | None, BeforeValidator(_none_if_empty)
@@ -455,6 +459,16 @@ class Settings(Model):
         return self
 
     @model_validator(mode="after")
+    def _an_account(self) -> Settings:
+        for server in (*self.slaves, *([self.master] if self.master else [])):
+            if self.lets_encrypt is None and self._is_public(server):
+                raise ValueError(
+                    f"{server.host} has certificates: letsencrypt, and letsEncrypt is not set; add "
+                    "it with email and agreeToTerms: true"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sites_have_names_of_their_own(self) -> Settings:
         stacks = self.master.other_stacks if self.master else ()
         others = [(site, other.stack) for other in stacks for site in other.sites]
@@ -484,6 +498,22 @@ class Settings(Model):
                     "itself; take it out of the job's hosts"
                 )
         return self
+
+    def acme_of(self, host: HostSettings) -> Acme | None:
+        """Who signs the certificate that a host shows, if it is not our CA."""
+        return self.lets_encrypt.acme() if self.lets_encrypt and self._is_public(host) else None
+
+    def _is_public(self, host: HostSettings) -> bool:
+        return (host.certificates or self.certificates) == "letsencrypt"
+
+    @property
+    def public_roots(self) -> str:
+        """The PEM of the public roots that masters trust beside our CA; empty if none.
+
+        Those of `letsEncrypt`, whichever hosts use it now: so one that goes back to our CA is
+        trusted before and after.
+        """
+        return self.lets_encrypt.roots if self.lets_encrypt else ""
 
     def instance_type_of(self, host: HostSettings) -> str:
         """The EC2 instance type of a host."""

@@ -35,6 +35,11 @@ class Environment:
         """What names of AWS resources begin with, so that two stacks can share an account."""
         return f"{NAMESPACE}-{self.stack}"
 
+    @property
+    def trusted(self) -> Output[str]:
+        """The PEM of all that a certificate of ours may chain to."""
+        return Output.concat(self.authority.bundle, self.settings.public_roots)
+
     def tags(self, name: str) -> Mapping[str, str]:
         """The tags of an AWS resource. The program's own win over the user's."""
         return {

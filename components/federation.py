@@ -46,7 +46,7 @@ def export(slaves: Sequence[Slave], leaf: Output[Leaf], environment: Environment
             {
                 slave.site.site: {
                     "password": password(slave.federation.current),
-                    "caCertificate": authority.bundle,
+                    "caCertificate": environment.trusted,
                     "caNotAfter": authority.not_after,
                     "certificate": leaf.apply(lambda leaf: leaf.certificate),
                     "key": leaf.apply(lambda leaf: leaf.key),

@@ -25,7 +25,8 @@ from components.environment import Environment
 from components.firewall import Firewall, TableOf
 from components.lookups import IMAGES
 from components.pki import LeafArgs, LeafCertificate
-from hostfiles import bundle, cloud_init
+from hostfiles import bundle, cloud_init, public_certificate
+from hostfiles.duration import milliseconds
 from hostfiles.files import File, HostFiles
 from hostfiles.model import Credential, Server, ServerSecrets
 from hostfiles.prometheus import LOCAL_USER
@@ -38,6 +39,8 @@ ROOT_VOLUME_GIB = 8
 FIRST_BOOT_TIMEOUT = "15m"
 # Validators, restarts and Prometheus's replay of its log.
 DELIVERY_TIMEOUT = "15m"
+# To connect, and for the host to say what is missing.
+CERTIFICATE_GRACE_SECONDS = 60
 # Of what is done once to an instance: its passing address and its first key are gone, so another
 # connection would dial in vain. A new instance replaces the command, and then nothing is ignored.
 IGNORED_ONCE_BOOTED = ["connection"]
@@ -201,6 +204,7 @@ class Host(pulumi.ComponentResource):
             timeout=DELIVERY_TIMEOUT,
             depends_on=self._attach(instance, [booted, *after]),
         )
+        self._await_certificate(instance)
         self.register_outputs({"fqdn": self.address.fqdn, "publicIp": self.address.public_ip})
 
     def server(self, kind: type[S], **special: Input[Any]) -> Output[S]:
@@ -231,6 +235,7 @@ class Host(pulumi.ComponentResource):
                 security_updates=settings.security_updates.on_host(),
                 jump_ports=self._host.jump_ports,
                 alerting=alerting.alerting(settings.release("alertmanager")) if alerting else None,
+                acme=settings.acme_of(self._host),
                 **known,
             )
         )
@@ -486,6 +491,28 @@ class Host(pulumi.ComponentResource):
         )
         return [association, attachment]
 
+    def _await_certificate(self, instance: aws.ec2.Instance) -> None:
+        """Where a public authority signs: waits for it, tells of failed attempts, and gives up.
+
+        Nothing depends on it: until then the host works with a certificate of our CA.
+        """
+        settings = self._environment.settings
+        acme = settings.acme_of(self._host)
+        if acme is None or settings.lets_encrypt is None:
+            return
+        seconds = milliseconds(settings.lets_encrypt.timeout) // 1000
+        self._create_command(
+            "public-certificate",
+            instance,
+            address=self.address.public_ip,
+            host_key=self.host_key,
+            run=public_certificate.wait_command(acme, self.address.fqdn, seconds),
+            timeout=f"{seconds + CERTIFICATE_GRACE_SECONDS}s",
+            depends_on=[self.delivered],
+            # It says what is missing, and nothing that is secret.
+            logging=command.remote.Logging.STDOUT_AND_STDERR,
+        )
+
     def _create_command(
         self,
         purpose: str,
@@ -497,6 +524,7 @@ class Host(pulumi.ComponentResource):
         stdin: Output[str] | None = None,
         timeout: str,
         depends_on: list[pulumi.Resource],
+        logging: command.remote.Logging = command.remote.Logging.NONE,
         ignore_changes: list[str] | None = None,
     ) -> command.remote.Command:
         return command.remote.Command(
@@ -515,7 +543,7 @@ class Host(pulumi.ComponentResource):
             update=run,
             stdin=stdin,
             triggers=[instance.id],
-            logging=command.remote.Logging.NONE,
+            logging=logging,
             add_previous_output_in_env=False,
             opts=ResourceOptions(
                 parent=self,

@@ -165,6 +165,7 @@ def _table(settings: MasterSettings, environment: Environment) -> TableOf:
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
+            acme=environment.settings.acme_of(settings),
             notifications=environment.settings.notifications(),
             provider_cidrs=settings.oauth2.cidrs if settings.oauth2 else (),
             provider_port=settings.oauth2.port if settings.oauth2 else HTTPS_PORT,

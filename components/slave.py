@@ -89,6 +89,7 @@ class Slave(pulumi.ComponentResource):
             match=settings.match,
             scrape_interval=environment.settings.scrape_interval,
             sample_limit=settings.sample_limit,
+            public_roots=environment.settings.public_roots,
         )
         self._settings = settings
         self._environment = environment
@@ -101,14 +102,15 @@ class Slave(pulumi.ComponentResource):
         )
 
     def boot(self, master: Master | None) -> None:
-        """Boots it. When its password was renewed, the master learns it first."""
+        """Boots it. A renewed password, and a public authority, the master learns first."""
         server = self._server
         secrets = self.host.secrets(ServerSecrets, self.federation.accepted)
-        renewed = self._settings.rotation.password > 1
+        public = self._environment.settings.acme_of(self._settings) is not None
+        master_first = public or self._settings.rotation.password > 1
         self.host.boot(
             server.apply(slave.host_files),
             Output.all(server, secrets).apply(lambda pair: slave.secret_files(*pair)),
-            after=[master.host.delivered] if master and renewed else [],
+            after=[master.host.delivered] if master and master_first else [],
         )
         monitor(
             self._settings,
@@ -140,6 +142,7 @@ def _table(settings: SlaveSettings, master: FederatingMaster, environment: Envir
             target_cidrs=settings.target_cidrs,
             jobs=[job.job() for job in settings.jobs],
             jump_ports=settings.jump_ports,
+            acme=environment.settings.acme_of(settings),
             notifications=environment.settings.notifications(),
         )
 

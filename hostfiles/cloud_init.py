@@ -24,6 +24,7 @@ from hostfiles import (
     oauth2_proxy,
     programs,
     prometheus,
+    public_certificate,
     system,
     watch,
 )
@@ -42,7 +43,7 @@ _NEVER = (
 )
 # In this order.
 _LEFT_OUT = (
-    (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS),
+    (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS, *public_certificate.PATHS),
     (f"{prometheus.FOLDER}/",),
     (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
 )

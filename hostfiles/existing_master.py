@@ -41,10 +41,8 @@ def delivery(master: ExistingMaster, secrets: ExistingMasterSecrets) -> str:
         raise ValueError(
             f"sites {sorted(sites)} have passwords for {sorted(secrets.site_passwords)}"
         )
-    ca = f"ca-{_digest(master.ca_bundle)}.pem"
     client = f"client-{_digest(secrets.leaf.certificate + secrets.leaf.key)}"
     files = {
-        ca: master.ca_bundle,
         f"{client}.crt": secrets.leaf.certificate,
         f"{client}.key": secrets.leaf.key,
     }
@@ -54,6 +52,9 @@ def delivery(master: ExistingMaster, secrets: ExistingMasterSecrets) -> str:
         # In a folder of their own, flat.
         path = prometheus.password_file(name, password).removeprefix("secrets/")
         files[path] = password
+        trusted = master.ca_bundle + site.public_roots
+        ca = f"ca-{_digest(trusted)}.pem"
+        files[ca] = trusted
         job = prometheus.federate_job(site, path)
         job["basic_auth"]["password_file"] = f"files/{path}"
         job["tls_config"] |= {

@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from hostfiles.files import Check, File, Unit
-from hostfiles.model import Job, Rule
+from hostfiles.model import Acme, Job, Rule
 from hostfiles.templates import render
 
 SSH_PORT = 22
+# https://letsencrypt.org/docs/challenge-types/#http-01-challenge
+CHALLENGE_PORT = 80
+ANYWHERE = "0.0.0.0/0"
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/set-time.html
 TIME_CIDR = "169.254.169.123/32"
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
@@ -37,6 +40,7 @@ def slave_rules(
     jobs: Iterable[Job],
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
+    acme: Acme | None = None,
     notifications: Iterable[tuple[int, str]] = (),
 ) -> tuple[Rule, ...]:
     """A slave: its master on the federation port, operators on SSH, out to its targets.
@@ -46,6 +50,7 @@ def slave_rules(
     """
     base = _base(operator_cidrs, package_cidrs, vpc_cidr)
     base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
+    base = (*base, *_acme(acme, base))
     base = (*base, *_out("notify", notifications, "Notifications", base))
     return (
         # Numbered, not named by address: a master's address is known only after `up` began.
@@ -75,6 +80,7 @@ def master_rules(
     jobs: Iterable[Job],
     target_cidrs: Sequence[str] = (),
     jump_ports: Sequence[int] = (),
+    acme: Acme | None = None,
     notifications: Iterable[tuple[int, str]] = (),
     provider_cidrs: Sequence[str] = (),
     provider_port: int = 443,
@@ -87,6 +93,7 @@ def master_rules(
     base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
     provider = _each("egress", "out-provider", provider_port, provider_cidrs, "Log-ins")
     base = (*base, *_unless_allowed(provider, base))
+    base = (*base, *_acme(acme, base))
     base = (*base, *_out("notify", notifications, "Notifications", base))
     return (
         *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
@@ -194,6 +201,21 @@ def _jumps(ports: Sequence[int], cidrs: Sequence[str]) -> tuple[Rule, ...]:
     )
 
 
+def _acme(acme: Acme | None, others: Iterable[Rule]) -> tuple[Rule, ...]:
+    """In on port 80, where the authority looks for its challenge, and out to the authority.
+
+    Neither by address: Let's Encrypt publishes none, and looks from several at once.
+    https://letsencrypt.org/docs/faq/#what-ip-addresses-does-let-s-encrypt-use-to-validate-my-web-server
+    """
+    if acme is None:
+        return ()
+    out = _each("egress", "out-acme", acme.port, [ANYWHERE], "ACME server")
+    return (
+        *_each("ingress", "acme", CHALLENGE_PORT, [ANYWHERE], "ACME challenge"),
+        *_unless_allowed(out, others),
+    )
+
+
 def _targets(
     jobs: Iterable[Job], named_cidrs: Sequence[str], others: Iterable[Rule]
 ) -> tuple[Rule, ...]:
@@ -246,7 +268,7 @@ def _slug(cidr: str) -> str:
 def _tuple(rule: Rule) -> dict[str, str | int]:
     """A rule as the template needs it. ufw leaves /32 away, and the match on any address too."""
     address = rule.cidr.removesuffix("/32")
-    anywhere = address == "0.0.0.0/0"
+    anywhere = address == ANYWHERE
     return {
         "direction": rule.direction,
         "protocol": rule.protocol,

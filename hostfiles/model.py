@@ -44,6 +44,20 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Acme:
+    """An account with an authority that signs over ACME. `server` is its directory's URL.
+
+    `roots` (PEM) are what its certificates chain to; `private`: its server's own does, too.
+    """
+
+    email: str
+    server: str
+    port: int
+    roots: str
+    private: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Access:
     """How a job comes in at its targets. `own` is what this stack gives its own hosts.
 
@@ -90,7 +104,10 @@ class JobSecrets:
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedSite:
-    """A slave as its master sees it (the password is in MasterSecrets, by site)."""
+    """A slave as its master sees it (the password is in MasterSecrets, by site).
+
+    Its certificate is good if it is of our CA or chains to one of `public_roots` (PEM).
+    """
 
     site: str
     host: str
@@ -99,6 +116,7 @@ class FederatedSite:
     match: tuple[str, ...]
     scrape_interval: str
     sample_limit: int
+    public_roots: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +154,8 @@ class Server:
     type's memory; `volume_gib` the data volume's size; `volume_id` its EBS id (`vol-…`).
     `jump_ports` are the SSH ports of hosts that are reached through this server. `nginx_version` is
     that of the distribution's package, or None: whichever the distribution has. Without `alerting`
-    rules are evaluated, and nobody is told.
+    rules are evaluated, and nobody is told. `acme` is who signs what nginx shows, if it is not our
+    CA.
     """
 
     fqdn: str
@@ -160,6 +179,7 @@ class Server:
     alerting: Alerting | None = None
     nginx_version: str | None = None
     security_updates: SecurityUpdates = SecurityUpdates()
+    acme: Acme | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

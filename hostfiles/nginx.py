@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from hashlib import md5
 from typing import cast
 
+from hostfiles import public_certificate
 from hostfiles.duration import milliseconds
 from hostfiles.files import Check, File, Unit
 from hostfiles.grafana import PORT as GRAFANA_PORT
@@ -60,6 +61,7 @@ def files(server: Server) -> tuple[File, ...]:
                 capabilities="CAP_NET_BIND_SERVICE" if port < 1024 else "",
             ),
         ),
+        *public_certificate.files(server, port),
     )
 
 
@@ -128,7 +130,8 @@ def unit(server: Server) -> Unit:
         reload_on=(f"{FOLDER}/",),
         ready=(
             *("/usr/bin/curl", "--silent", "--show-error", "--max-time", "5"),
-            *("--output", "/dev/null", "--cacert", f"{tls}/ca.pem"),
+            *("--output", "/dev/null"),
+            *("--cacert", public_certificate.TRUSTED if server.acme else f"{tls}/ca.pem"),
             *("--cert", f"{tls}/prometheus.crt", "--key", f"{tls}/prometheus.key"),
             *("--connect-to", f"{server.fqdn}:{port}:127.0.0.1:{port}"),
             f"https://{server.fqdn}:{port}/",
@@ -142,6 +145,7 @@ def _configuration(server: Server) -> str:
         "port": _port(server),
         "tls_ciphers": TLS_CIPHERS,
         "tls_curves": TLS_CURVES,
+        "public_certificate": public_certificate.INCLUDE if server.acme else "",
         "keepalive_seconds": max(
             KEEPALIVE_MIN_SECONDS, 2 * milliseconds(server.scrape_interval) // 1000
         ),

@@ -26,7 +26,7 @@ STATE_DIRECTORY = "/var/lib/node_exporter"
 # Of a server, those whose failing somebody needs to know of.
 _UNITS = (
     "(alertmanager|data-volume|federation-watch|nginx|node_exporter|prometheus|prometheus-backup|"
-    "ssh|ufw)[.]service|(federation-watch|prometheus-backup)[.]timer"
+    "public-certificate|ssh|ufw)[.]service|(federation-watch|prometheus-backup)[.]timer"
 )
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from hostfiles import alertmanager, backup, nginx, node_exporter, prometheus, watch
+from hostfiles import (
+    alertmanager,
+    backup,
+    nginx,
+    node_exporter,
+    prometheus,
+    public_certificate,
+    watch,
+)
 from hostfiles.files import Check, File, Unit
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
@@ -34,6 +42,7 @@ def files(server: Server) -> tuple[File, ...]:
                 'u node_exporter - "Prometheus node_exporter"\n'
                 'u alertmanager - "Prometheus Alertmanager"\n'
                 f'u {watch.USER} - "Watches over the files of this host"\n'
+                + (public_certificate.USER if server.acme else "")
             ),
         ),
         File(
@@ -44,7 +53,11 @@ def files(server: Server) -> tuple[File, ...]:
             path="/etc/systemd/system/multi-user.target.d/federation.conf",
             content=render(
                 "systemd/multi-user.target.conf.j2",
-                units=[*_WANTED, *([alertmanager.UNIT.name] if server.alerting else [])],
+                units=[
+                    *_WANTED,
+                    *([alertmanager.UNIT.name] if server.alerting else []),
+                    *(unit.name for unit in public_certificate.units(server)),
+                ],
             ),
         ),
     )
@@ -57,6 +70,7 @@ def checks(server: Server) -> tuple[Check, ...]:
         *(prometheus.SERVICE, node_exporter.SERVICE, nginx.PACKAGE_SERVICE),
         *(backup.SERVICE, backup.TIMER, watch.SERVICE, watch.TIMER),
         *([alertmanager.SERVICE] if server.alerting else []),
+        *((*public_certificate.SERVICES, public_certificate.TIMER) if server.acme else []),
     )
     return (
         Check(

@@ -422,6 +422,10 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
             yield File(path=f"{FOLDER}/{tls}-ca.pem", content=trust.ca_bundle)
             yield File(path=f"{FOLDER}/{tls}.crt", content=trust.leaf.certificate)
             yield _secret(f"{tls}.key", trust.leaf.key)
+        elif site.public_roots:
+            ca = f"tls/federate/{name}-ca.pem"
+            job["tls_config"]["ca_file"] = f"../{ca}"
+            yield File(path=f"{FOLDER}/{ca}", content=server.ca_bundle + site.public_roots)
         yield File(
             path=f"{FOLDER}/federate.d/{name}.yml",
             content=_dump({"scrape_configs": [job]}),

@@ -38,6 +38,8 @@ def _names(server: Server) -> list[str]:
         names.append("slave")
     if server.alerting is not None:
         names.append("alertmanager")
+    if server.acme is not None:
+        names.append("public-certificate")
     return names
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hostfiles.model import Release
-from sandbox import host, image, machine, releases, snapshots, stacks, world
+from sandbox import acme, host, image, machine, releases, snapshots, stacks, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
 from sandbox.engine import Changes, Engine
@@ -136,6 +136,10 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
     with Steps(console) as steps:
         host.prepare(steps)
         with hold(plan, take_over=True):
+            if given.acme:
+                # What it signs with is known only once it runs.
+                world.ensure_networks(plan, given, Fabric(plan))
+                acme.ensure(plan, steps)
             config = world.resolve_given(project.config, plan, given)
             project = replace(project, config=config)
             changes, state, config, local = _converge(plan, project, given, steps)
@@ -236,7 +240,12 @@ def _write_outputs(plan: Plan, stack: Path, outputs: Mapping[str, Any]) -> None:
         "known_hosts": "".join(f"{row['publicIp']} {row['sshHostKey']}" for row in _servers(known)),
     }
     if "master" in known:
-        files["master.curl"] = f'{_login(known)}cacert = "{folder / "ca.pem"}"\n'
+        master = known["master"]
+        files["master.curl"] = (
+            f'{_login(known)}cacert = "{folder / "ca.pem"}"\n'
+            # A public authority's certificate is of the name alone, which only the sandbox knows.
+            f'resolve = "{master["host"]}:443:{master["publicIp"]}"\n'
+        )
     for name, content in files.items():
         path = folder / name
         if not path.exists() or path.read_text() != content:
@@ -307,7 +316,8 @@ def _tell_master(folder: Path, state: State, console: Console) -> None:
     except (httpx.HTTPError, SandboxError):
         pages = False
     lines = [
-        f"query     curl -K {folder / 'master.curl'} 'https://{address}/api/v1/query?query=up'",
+        f"query     curl -K {folder / 'master.curl'} "
+        f"'https://{master['host']}/api/v1/query?query=up'",
         f"user      {master['user']}, password in {folder / 'master.curl'}"
         if "user" in master
         else "user      people log in at the provider of the settings",

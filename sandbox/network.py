@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sandbox import dns
+from sandbox.acme import ACME_HOST
 from sandbox.host import SandboxError, run
 from sandbox.image import image_sources
 from sandbox.plan import NETNS_DIR, Plan, check_ranges
@@ -315,7 +316,11 @@ def dns_servers(plan: Plan, model: NetworkModel, upstreams: Sequence[str]) -> li
         dns.DnsServer(
             netns=plan.inet_netns,
             address=plan.inet_ip,
-            records={**model.public_names, RELEASE_HOST: plan.releases_ip},
+            records={
+                **model.public_names,
+                RELEASE_HOST: plan.releases_ip,
+                ACME_HOST: plan.acme_ip,
+            },
             upstreams=tuple(upstreams),
             # A private name asked for from outside its network does not exist.
             zones=tuple(dict.fromkeys((*model.zones, "example.net", "internal"))),

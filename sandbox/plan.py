@@ -147,7 +147,12 @@ class Plan:
     @property
     def stranger_ips(self) -> tuple[str, ...]:
         """Public addresses for strangers."""
-        return tuple(str(self.service_range[n]) for n in range(20, 31))
+        return tuple(str(self.service_range[n]) for n in range(20, 30))
+
+    @property
+    def acme_ip(self) -> str:
+        """The public certificate authority."""
+        return str(self.service_range[30])
 
     # Folders
 

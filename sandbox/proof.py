@@ -35,9 +35,14 @@ class Sample:
 
 
 class MasterApi:
-    """The master's API as an operator uses it; `address` is its public IP."""
+    """The master's API as an operator uses it, at its name; `address` is its public IP."""
 
-    def __init__(self, address: str, authorization: str, ca: str) -> None:
+    def __init__(self, name: str, address: str, authorization: str, ca: str) -> None:
+        # A public authority's certificate is of the name alone.
+        self._named: Mapping[str, Any] = {
+            "headers": {"Host": name},
+            "extensions": {"sni_hostname": name},
+        }
         self._base = f"https://{address}"
         self._client = httpx.Client(
             headers={"Authorization": authorization},
@@ -51,16 +56,19 @@ class MasterApi:
         """The API of the master that a stack's outputs describe."""
         master = plain(outputs["master"])
         return cls(
-            master["publicIp"], authorization(plain(outputs)), plain(outputs["caCertificate"])
+            master["host"],
+            master["publicIp"],
+            authorization(plain(outputs)),
+            plain(outputs["caCertificate"]),
         )
 
     def has_pages(self) -> bool:
         """Whether this build of Prometheus has web pages: Debian's own has none."""
-        return self._client.get(f"{self._base}/query").status_code == httpx.codes.OK
+        return self._client.get(f"{self._base}/query", **self._named).status_code == httpx.codes.OK
 
     def get(self, path: str, **parameters: str) -> Any:
         """The data of an API's answer. https://prometheus.io/docs/prometheus/latest/querying/api/."""
-        answer = self._client.get(f"{self._base}/api/v1/{path}", params=parameters)
+        answer = self._client.get(f"{self._base}/api/v1/{path}", params=parameters, **self._named)
         answer.raise_for_status()
         return answer.json()["data"]
 

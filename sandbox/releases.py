@@ -48,6 +48,7 @@ _DEBIAN: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         ("prometheus-alertmanager",),
         {"alertmanager": "usr/bin/prometheus-alertmanager", "amtool": "usr/bin/amtool"},
     ),
+    "pebble": (("pebble",), {"pebble": "usr/bin/pebble"}),
 }
 
 # What Debian's builds read from the file system, and the official ones have within them.
@@ -202,6 +203,13 @@ def tool(name: str) -> Path:
             f"'{name}' is not in the cache ({RELEASES_DIR}).", "Run `make up` or `make test` once."
         )
     return path
+
+
+def debian_tool(progress: Progress, name: str) -> Path:
+    """Return a program as Debian builds it, to run here, fetching it where it is missing."""
+    if not (RELEASES_DIR / "tools" / name).exists():
+        _unpack_tools(debian_build(progress, name, FALLBACK_SUITE))
+    return tool(name)
 
 
 def data_layers() -> tuple[Path, ...]:

@@ -20,7 +20,8 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sandbox import machine, network
+from lets_encrypt_settings import ROOTS
+from sandbox import acme, machine, network
 from sandbox.host import Progress, SandboxError, cgroups, is_alive, run, wait_until
 from sandbox.image import (
     EXPORTER_PACKAGES,
@@ -74,12 +75,13 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """All that is given."""
+    """All that is given. acme: a public certificate authority is among it."""
 
     zone: Zone
     ami: str
     networks: tuple[Network, ...]
     hosts: tuple[Host, ...] = field(default=())
+    acme: bool = False
 
     def network_of(self, subnet: str) -> Network:
         """Return the network of a subnet; raise SandboxError where there is none."""
@@ -172,6 +174,7 @@ def load_world(file: Path = WORLD_FILE) -> World:
         ami=top.text("ami"),
         networks=tuple(_read_network(row) for row in top.rows("networks")),
         hosts=tuple(_read_host(row) for row in top.rows("hosts")),
+        acme=top.flag("acme"),
     )
     zone.done()
     top.done()
@@ -359,7 +362,8 @@ def resolve_given(
     """Return the settings with what only the sandbox knows in the place of `{given: …}`.
 
     `{given: sshKey}` is the private key of the given hosts, `{given: <host>}` that host's public
-    host key, `{given: <host>/publicAddress}` its address. Raises SandboxError for another name.
+    host key, `{given: <host>/publicAddress}` its address, `{given: acmeRoots}` what the public
+    certificate authority's certificates chain to. Raises SandboxError for another name.
     stand_ins: values that look the same, for a check that may not write any file yet.
     """
     known: dict[str, Callable[[], str]] = {
@@ -371,6 +375,8 @@ def resolve_given(
             if stand_ins
             else host_key(plan, host).with_suffix(".pub").read_text().rpartition(" ")[0]
         )
+    if world.acme:
+        known["acmeRoots"] = lambda: ROOTS.read_text() if stand_ins else acme.roots(plan)
     for name, address in public_addresses(plan, world).items():
         known[f"{name}/publicAddress"] = lambda address=address: address
 

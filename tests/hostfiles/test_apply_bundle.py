@@ -22,11 +22,15 @@ case "$1" in
 show) echo 0 ;;
 is-active) [ -e "/stub/active/$3" ] || exit 3 ;;
 restart | start) touch "/stub/active/$2" ;;
+stop) rm "/stub/active/$2" 2>/dev/null || { echo "Unit $2 not loaded." >&2; exit 5; } ;;
 esac
 [ "$(cat /stub/fail 2>/dev/null)" != "$1 $2" ] || { echo "the unit's own words" >&2; exit 1; }
 [ "$(cat /stub/kill 2>/dev/null)" != "$1 $2" ] || { rm /stub/kill; kill -9 $PPID; }
 exit 0
 """
+
+
+VERBS = {"restart", "reload", "start", "stop"}
 
 
 class Host:
@@ -55,7 +59,7 @@ class Host:
     def calls(self) -> list[str]:
         """What systemctl was asked to do."""
         lines = (self.root.upper / "stub/calls").read_text().splitlines()
-        return [line for line in lines if line.split()[0] in {"restart", "reload", "start"}]
+        return [line for line in lines if line.split()[0] in VERBS]
 
     def cat(self, path: str) -> str:
         return self.root.run(["cat", path]).stdout
@@ -176,6 +180,26 @@ def test_a_removed_file_is_gone(applied: Host) -> None:
     done = applied.apply(bundle(a="good 1"))
     assert "removed /etc/demo/b" in done.stdout
     assert applied.root.run(["test", "-L", "/etc/demo/b"]).returncode == 1
+
+
+def test_a_unit_that_left_the_bundle_is_stopped_and_comes_back_with_the_old_files(
+    applied: Host,
+) -> None:
+    less = bundle(a="good 1", b="2")
+    del less["units"][0]
+    applied.on("fail", "reload b.service")
+    assert applied.apply(less).returncode == 1
+    assert applied.calls[:3] == ["stop a.service", "reload b.service", "restart a.service"]
+    applied.off("fail")
+    # Killed before it noted that the unit is stopped: systemd knows it no more.
+    applied.on("kill", "stop a.service")
+    assert applied.apply(less).returncode != 0
+    done = applied.apply(less)
+    assert done.returncode == 0, done.stderr
+    assert "stop a.service" not in applied.calls
+    assert applied.apply(less).stdout == "no changes\n"
+    assert applied.apply(bundle(a="good 1", b="2")).returncode == 0
+    assert "restart a.service" in applied.calls
 
 
 # Python runs it before any program: the process ends before its change number so much.
@@ -329,15 +353,6 @@ def test_a_release_that_cannot_be_had_changes_nothing(applied: Host) -> None:
     assert done.stderr == f"apply-bundle: installing demo 2: {words}\nNothing was changed.\n"
     assert applied.cat("/etc/demo/b") == "1"
     assert applied.calls == []
-
-
-def test_a_unit_that_left_the_bundle_is_stopped(applied: Host) -> None:
-    less = bundle(a="good 1", b="1")
-    del less["units"][1]
-    done = applied.apply(less)
-    assert (done.returncode, done.stdout) == (0, "stopped b.service\n")
-    assert "stop b.service" in (applied.root.upper / "stub/calls").read_text().splitlines()
-    assert applied.apply(less).stdout == "no changes\n"
 
 
 def checked(host: Host) -> tuple[str, dict[str, str]]:

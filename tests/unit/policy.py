@@ -99,14 +99,16 @@ def rules_name_one_port_and_one_network(run: Evaluated) -> Iterator[str]:
 
 
 def nobody_comes_in_but_who_was_named(run: Evaluated) -> Iterator[str]:
-    """EC2.18, EC2.53: operators on 22 and 443, masters on the port of federation."""
+    """EC2.18, EC2.53: operators on 22 and 443, masters on the port of federation. Anybody on 80
+    where a public authority signs, as it looks there from addresses that it does not publish."""
     operators = set(_setting(run, "operatorCidrs"))
     own = {f"{_address(run, eip)}/32" for eip in run.recorder.of_type(providers.EIP)}
     masters = own | set((_setting(run, "existingMaster") or {}).get("cidrs", []))
     allowed = {22: operators, 443: operators, FEDERATION_PORT: masters}
     for rule in run.recorder.of_type(providers.INGRESS_RULE):
         port, network = rule.inputs["fromPort"], rule.inputs.get("cidrIpv4")
-        if network not in allowed.get(port, set()):
+        public = (port, network) == (80, ANYWHERE) and _is_public(run, rule)
+        if network not in allowed.get(port, set()) and not public:
             yield f"{rule.name}: lets {network} in on {port}, which no setting asks for"
 
 
@@ -177,13 +179,14 @@ def user_data_holds_no_secret(run: Evaluated) -> Iterator[str]:
 
 
 def commands_trust_no_unknown_host_and_show_nothing(run: Evaluated) -> Iterator[str]:
-    """Without a host key the provider talks to anyone; with logging it shows what was sent."""
+    """Without a host key the provider talks to anyone; with logging it shows what was sent, if
+    anything was."""
     for command in run.recorder.of_type(providers.COMMAND):
         connection = plain(command.inputs["connection"])
         for hop in (connection, connection.get("proxy")):
             if hop is not None and not hop.get("hostKey"):
                 yield f"{command.name}: trusts whoever answers at {hop['host']}"
-        if command.inputs.get("logging") != "none":
+        if "stdin" in command.inputs and command.inputs.get("logging") != "none":
             yield f"{command.name}: logs"
         if not {"stdout", "stderr"} <= set(command.secret_outputs):
             yield f"{command.name}: shows what the host said"
@@ -244,6 +247,14 @@ def _rules(run: Evaluated) -> list[Resource]:
 
 def _setting(run: Evaluated, key: str) -> Any:
     return run.project.config.get(f"{NAMESPACE}:{key}") or []
+
+
+def _is_public(run: Evaluated, rule: Resource) -> bool:
+    """Whether it is a rule of a server that a public authority signs for."""
+    servers = {f"slave-{slave['site']}": slave for slave in _setting(run, "slaves")}
+    servers["master"] = _setting(run, "master") or {}
+    (server,) = (known for name, known in servers.items() if rule.name.startswith(f"{name}-"))
+    return server.get("certificates", _setting(run, "certificates")) == "letsencrypt"
 
 
 def _address(run: Evaluated, eip: Resource) -> str:

@@ -23,20 +23,22 @@ DISCOVERY = "slave-ohio-discovery"
 
 @pytest.fixture(scope="module")
 def rich() -> Evaluated:
-    """An environment with all that a user may add: two regions, discovery, a restored volume, an
-    existing master, Grafana, an operator from anywhere."""
+    """An environment with all that a user may add: two regions, discovery, a restored volume, a
+    public authority, an existing master, Grafana, an operator from anywhere."""
     tagged = {"region": "us-east-2", "filters": [{"name": "tag:monitor", "values": ["yes"]}]}
     ohio = {
         "site": "ohio",
         "host": "slave-ohio",
         "region": "us-east-2",
         "restoreFrom": "snap-0123456789abcdef0",
+        "certificates": "letsencrypt",
         "jobs": [{"name": "fleet", "ec2_sd_configs": [tagged | {"port": 9200}]}],
         "targetCidrs": ["0.0.0.0/0"],
     }
     grafana = {"version": "12.1.0", "sha256": "0" * 64, "url": "https://example.com/g.tar.gz"}
     return run_program(
         slaves=[ohio],
+        letsEncrypt={"email": "operator@example.com", "agreeToTerms": True},
         master={"host": "prometheus-master", "grafana": grafana},
         existingMaster={"host": "m.example.com", "cidrs": ["203.0.113.9/32"]},
         operatorCidrs=["0.0.0.0/0", "203.0.113.7/32"],
@@ -333,6 +335,13 @@ BROKEN_RIGHTS: list[Case] = [
         "backups",
         providers.ROLE_POLICY_ATTACHMENT,
         with_inputs(policyArn="arn:aws:iam::aws:policy/AdministratorAccess"),
+    ),
+    (
+        # A public authority signs for the slave, and not for the master.
+        policy.nobody_comes_in_but_who_was_named,
+        UI_RULE,
+        RULE_IN,
+        with_inputs(fromPort=80, toPort=80, cidrIpv4="0.0.0.0/0"),
     ),
 ]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from sandbox.host import SandboxError
@@ -177,6 +178,20 @@ def test_stand_ins_look_alike_touch_nothing_and_are_always_the_same(tmp_path: Pa
     serialization.load_ssh_public_key(found["h"].encode())
     assert resolve_given(settings, plan, world, stand_ins=True) == found
     assert not plan.state_dir.exists()
+
+
+def test_roots_are_given_where_there_is_a_public_authority(tmp_path: Path, edit):
+    plan = Plan(0, tmp_path)
+    world = load_world(edit("zone: {", "acme: true\nzone: {"))
+    settings = {"r": {"given": "acmeRoots"}}
+    x509.load_pem_x509_certificates(
+        resolve_given(settings, plan, world, stand_ins=True)["r"].encode()
+    )
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme/roots.pem").write_text("its roots")
+    assert resolve_given(settings, plan, world)["r"] == "its roots"
+    with pytest.raises(SandboxError, match="gives no 'acmeRoots'"):
+        resolve_given(settings, plan, load_world())
 
 
 @pytest.mark.parametrize("name", ["core09.example.internal", f"{NAME}/publicAddress", None, 7, []])

@@ -54,6 +54,10 @@ def first_slave(given: dict[str, Any], **change: Any) -> None:
     given["slaves"][0].update(change)
 
 
+def account(given: dict[str, Any], **change: Any) -> None:
+    given.update(letsEncrypt={"email": "a@example.com", "agreeToTerms": True} | change)
+
+
 def existing(given: dict[str, Any], **change: Any) -> None:
     master = {"host": "prometheus.example.org", "cidrs": ["203.0.113.9/32"]}
     given.update(existingMaster=master | change)
@@ -341,6 +345,48 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "certificates",
         "'selfSigned'",
         "'ownCa'",
+    ),
+    "a public authority without an account": (
+        lambda g: first_slave(g, certificates="letsencrypt"),
+        "",
+        "prometheus-slave has certificates: letsencrypt",
+        "add it with email and agreeToTerms: true",
+    ),
+    "terms that are not agreed to": (
+        lambda g: account(g, agreeToTerms=False),
+        "letsEncrypt.agreeToTerms",
+        "False",
+        "set it to true",
+    ),
+    "an account of nobody": (
+        lambda g: account(g, email="operator"),
+        "letsEncrypt.email",
+        "'operator'",
+        "",
+    ),
+    "an authority that anyone could play": (
+        lambda g: account(g, server="http://acme.example.org/dir"),
+        "letsEncrypt.server",
+        "'http://acme.example.org/dir'",
+        "write it like https://acme-v02.api.letsencrypt.org/directory",
+    ),
+    "another authority without its roots": (
+        lambda g: account(g, server="https://acme.example.org/dir"),
+        "letsEncrypt",
+        "https://acme.example.org/dir",
+        "add caRoot",
+    ),
+    "roots that are a path": (
+        lambda g: account(g, caRoot="/etc/ssl/ca.pem"),
+        "letsEncrypt.caRoot",
+        "'/etc/ssl/ca.pem'",
+        "not a path",
+    ),
+    "roots of everybody": (
+        lambda g: account(g, caRoot="system"),
+        "letsEncrypt.caRoot",
+        "'system'",
+        "give the root certificates",
     ),
     "an existing master of a slave's name": (
         lambda g: g.update(
