@@ -31,6 +31,7 @@ def acme() -> Acme:
         email="operator@example.com",
         server="https://acme.example.org/dir",
         port=443,
+        challenge="http-01",
         roots=Authority().certificate,
         private=True,
     )
