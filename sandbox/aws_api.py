@@ -332,7 +332,8 @@ def _route53(account: _Account, records: _Records, zone: str, zone_id: str) -> t
             if found := re.fullmatch(r"/2013-04-01/change/(\w+)", path):
                 account.require(role, "route53:GetChange", f"{arn}change/{found[1]}", {})
                 return "GetChange", change.format(found[1], moment)
-            if found := re.fullmatch(r"/2013-04-01/hostedzone/(\w+)/rrset/?", path):
+            found = re.fullmatch(r"/2013-04-01/hostedzone/(\w+)/rrset/?", path)
+            if found and self.command == "POST":
                 self._change(role, f"{arn}hostedzone/{found[1]}", found[1], body)
                 return "ChangeResourceRecordSets", change.format(secrets.token_hex(7), moment)
             raise _Refused("NotImplemented", HTTPStatus.NOT_IMPLEMENTED, f"{self.command} {path}")
