@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ class World:
     def engine(self) -> Engine:
         state = State.load(self.folder / "state.json")
         return Engine(
-            state, {"aws": self.provider}, lambda token, args: {}, silent, lambda name: {}
+            state,
+            {"aws": self.provider},
+            lambda token, args: {},
+            silent,
+            lambda name: {},
+            threading.Event(),
         )
 
     def told(self) -> list[tuple[str, str]]:
