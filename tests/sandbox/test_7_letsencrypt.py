@@ -435,7 +435,6 @@ def test_a_new_site_begins_with_its_own_ca_and_ends_with_the_public_one(public: 
     assert [OWN in issuer for issuer in seen] == [True, False]
     assert PUBLIC in seen[-1]
     assert "create Command slave-cork-public-certificate" in printed
-    # The pebble of the test before takes its time, and `up` with it: a line every ten seconds.
     public.wait('up{job="federate",site="cork"} == 1')
 
 
