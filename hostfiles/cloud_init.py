@@ -45,7 +45,7 @@ _NEVER = (
 _LEFT_OUT = (
     (*backup.PATHS, *nginx_package.PATHS, *oauth2_proxy.PATHS, *public_certificate.PATHS),
     (f"{prometheus.FOLDER}/",),
-    (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/"),
+    (f"{nginx.FOLDER}/", f"{node_exporter.FOLDER}/", node_exporter.SERVICE),
 )
 
 
