@@ -466,7 +466,9 @@ def test_secrets_of_receivers_are_in_their_files_alone(
 ) -> None:
     words = "|".join((TOKEN, PASSWORD, HOOK))
     found = sandbox.script(
-        server, f"grep -rlE '{words}' /etc /opt /var/lib /var/log /run 2>/dev/null", check=False
+        server,
+        f"grep -rlE '{words}' /etc /opt /data /var/lib /var/log /run 2>/dev/null",
+        check=False,
     )
     held = sandbox.script(server, "find /opt/federation/trees -path '*/alertmanager/secrets/rec*'")
     held += sandbox.script(server, "find /opt/federation/trees -path '*/alertmanager/secrets/glo*'")
