@@ -183,10 +183,9 @@ def test_each_firewall_alone_keeps_a_stranger_from_the_operators_ports(
             assert found() == {OPEN}
 
 
-@pytest.mark.parametrize("server", ["master", "dublin"])
-def test_each_firewall_alone_keeps_a_server_from_calling_out(sandbox: Sandbox, server: str) -> None:
+def test_each_firewall_alone_keeps_a_server_from_calling_out(sandbox: Sandbox) -> None:
     # Somebody who answers on the internet, on a port that packages do not need.
-    address, port = sandbox.plan.inet_ip, 53
+    server, address, port = "dublin", sandbox.plan.inet_ip, 53
     out = partial(_group_opened, sandbox, address, server, port, out=True)
 
     def found() -> str:
@@ -500,7 +499,7 @@ def test_who_has_too_many_connections_is_told_so_and_others_are_served(
         client=client,
         raw=f"GET {path} HTTP/1.1\r\nHost: {door.name}\r\nAuthorization: Basic {pair}\r\n"
         "Content-Length: 9\r\n\r\n",
-        patience=later + 1.5,
+        patience=later + 1,
     )
     right = Request(door=door, client=client, path=path)
     guess = replace(right, client=client.but(password="x" * 48))
