@@ -225,6 +225,7 @@ def test_people_silence_alerts_and_programs_look_at_them(
                 wish,
                 raw=f"POST {SILENCES} HTTP/1.1\r\nHost: {MASTER}\r\nConnection: close\r\n"
                 f"Authorization: {_basic(page_client)}\r\nSec-Fetch-Site: cross-site\r\n"
+                "Content-Type: application/json\r\n"
                 f"Content-Length: {len(wish.body)}\r\n\r\n{wish.body}",
             ),
             403,
