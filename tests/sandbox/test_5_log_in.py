@@ -72,6 +72,7 @@ def test_who_is_not_logged_in_is_sent_to_the_provider_and_gets_no_data(
     assert "code_challenge_method=S256" in where[1]
     assert f"redirect_uri=https%3A%2F%2F{MASTER}%2Foauth2%2Fcallback" in where[1]
     assert CLIENT_SECRET not in sent
+    assert answer_to(page, keys, "/alertmanager/").startswith("HTTP/1.1 302 ")
     pair = base64.b64encode(b"prometheus-admin:" + b"x" * 48).decode()
     for headers in (
         [],

@@ -24,8 +24,8 @@ SHOWS = {
     "/targets": "https://prometheus-slave.example.com:9095/federate",
     "/rules": "FederationDown",
     "/service-discovery": "federate",
-    "/status": pages.ALERTMANAGER,
-    "/tsdb-status": "Head Stats",
+    "/status": "Build information",
+    "/tsdb-status": "TSDB Head Status",
     "/alertmanager-discovery": "https://127.0.0.1:9093",
 }
 REFUSED = {"/config": "Configuration", "/flags": "Command-line flags"}
@@ -124,7 +124,7 @@ def test_the_query_page_shows_what_was_federated(visit: Visit) -> None:
         visit.sees(f"{core}.example.internal:9100")
     screenshot(visit.tab, "graph-of-federated-data")
     visit.open("/query", **query, **{"g0.tab": "explain"})
-    visit.sees("Data source")
+    visit.sees("How to use the Explain view")
     assert visit.complaints == []
 
 
@@ -152,7 +152,7 @@ def test_what_shows_how_the_host_is_made_is_refused_from_within_the_pages_too(
     visit.open(path)
     assert visit.answers == [(path, 403)]
     visit.open("/query")
-    visit.tab.get_by_role("button", name="Status").click()
+    visit.tab.get_by_role("button", name="Status").first.click()
     visit.tab.get_by_role("menuitem", name=REFUSED[path]).click()
     visit.sees("Error querying page data")
     visit.sees("Forbidden")
