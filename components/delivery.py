@@ -1,61 +1,93 @@
-"""A host of the user's is reached over SSH, and given a program with what it shall bring about."""
+"""How anything reaches a machine: a program is run there over SSH, and reads on stdin what it shall
+bring about.
+
+https://www.pulumi.com/registry/packages/command/api-docs/remote/command/
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pulumi
 import pulumi_command as command
-from pulumi import CustomTimeouts, Output, ResourceOptions
+from pulumi import CustomTimeouts, Input, Output, ResourceOptions
 
-# One attempt to connect; attempts follow each other until the command's time is up.
-DIAL_SECONDS = 15
+# Refused dials use up a limit of tries at once, so attempts follow each other until the command's
+# time is up; and how long one of them may take.
+_DIALLING: dict[str, Any] = {"dial_error_limit": -1, "per_dial_timeout": 15}
+
+
+def connection(
+    *,
+    host: Input[str],
+    port: int | None = None,
+    user: str,
+    private_key: Input[str],
+    host_key: Input[str],
+    proxy: command.remote.ProxyConnectionArgs | None = None,
+) -> command.remote.ConnectionArgs:
+    """The way to a machine. Without `host_key` the provider would talk to anyone."""
+    return command.remote.ConnectionArgs(
+        host=host,
+        port=port,
+        user=user,
+        private_key=Output.secret(private_key),
+        host_key=host_key,
+        proxy=proxy,
+        **_DIALLING,
+    )
+
+
+def jump_host(
+    *, host: Input[str], user: str, private_key: Input[str], host_key: Input[str]
+) -> command.remote.ProxyConnectionArgs:
+    """A machine on the way to another."""
+    return command.remote.ProxyConnectionArgs(
+        host=host,
+        user=user,
+        private_key=Output.secret(private_key),
+        host_key=host_key,
+        **_DIALLING,
+    )
 
 
 def deliver(
     name: str,
     parent: pulumi.Resource,
     *,
-    host: str,
-    port: int,
-    user: str,
-    private_key: str,
-    host_key: str,
-    proxy: command.remote.ProxyConnectionArgs | None = None,
-    install: str,
-    remove: str,
-    delivery: Output[str],
+    to: command.remote.ConnectionArgs,
+    run: str,
+    remove: str | None = None,
+    stdin: Output[str] | None = None,
     timeout: str,
     depends_on: Sequence[pulumi.Resource],
-) -> None:
-    """Sends `delivery` on stdin to `install`, again whenever it changes; on destroy runs `remove`.
+    triggers: list[Output[str]] | None = None,
+    ignore_changes: list[str] | None = None,
+    logging: command.remote.Logging = command.remote.Logging.NONE,
+) -> command.remote.Command:
+    """Runs `run`, and again whenever it, `stdin` or the connection changes; on destroy `remove`.
 
-    https://www.pulumi.com/registry/packages/command/api-docs/remote/command/
+    A change of `triggers` makes another command of it. What it prints is secret unless `logging`
+    says otherwise.
     """
-    command.remote.Command(
+    return command.remote.Command(
         name,
-        connection=command.remote.ConnectionArgs(
-            host=host,
-            port=port,
-            user=user,
-            private_key=Output.secret(private_key),
-            # Without it the provider would talk to anyone.
-            host_key=host_key,
-            # Refused dials use up a limit of tries at once; custom_timeouts bounds the wait.
-            dial_error_limit=-1,
-            per_dial_timeout=DIAL_SECONDS,
-            proxy=proxy,
-        ),
-        create=install,
-        update=install,
+        connection=to,
+        create=run,
+        update=run,
         delete=remove,
-        stdin=Output.secret(delivery),
-        logging=command.remote.Logging.NONE,
+        stdin=None if stdin is None else Output.secret(stdin),
+        triggers=triggers,
+        logging=logging,
         add_previous_output_in_env=False,
         opts=ResourceOptions(
             parent=parent,
             depends_on=list(depends_on),
+            ignore_changes=ignore_changes,
             additional_secret_outputs=["stdout", "stderr"],
-            custom_timeouts=CustomTimeouts(create=timeout, update=timeout, delete=timeout),
+            custom_timeouts=CustomTimeouts(
+                create=timeout, update=timeout, delete=timeout if remove else None
+            ),
         ),
     )

@@ -12,7 +12,7 @@ import pulumi
 from pulumi import Output, ResourceOptions
 
 from components.credentials import password
-from components.delivery import deliver
+from components.delivery import connection, deliver
 from components.environment import Environment
 from components.pki import LeafArgs, LeafCertificate
 from components.slave import Slave
@@ -88,16 +88,16 @@ class ExistingMaster(pulumi.ComponentResource):
         deliver(
             self._name,
             self,
-            host=access.host or settings.host,
-            port=access.port,
-            user=access.user,
-            private_key=access.private_key.get_secret_value(),
-            host_key=access.host_key,
-            install=existing_master.INSTALL,
-            remove=existing_master.remove(owner),
-            delivery=Output.all(public, secrets).apply(
-                lambda pair: existing_master.delivery(*pair)
+            to=connection(
+                host=access.host or settings.host,
+                port=access.port,
+                user=access.user,
+                private_key=access.private_key.get_secret_value(),
+                host_key=access.host_key,
             ),
+            run=existing_master.INSTALL,
+            remove=existing_master.remove(owner),
+            stdin=Output.all(public, secrets).apply(lambda pair: existing_master.delivery(*pair)),
             timeout=access.timeout,
             # It waits until each site's target is up.
             depends_on=[slave.host.delivered for slave in slaves],

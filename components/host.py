@@ -16,11 +16,11 @@ import pulumi
 import pulumi_aws as aws
 import pulumi_command as command
 import pulumi_tls as tls
-from pulumi import CustomTimeouts, Input, Output, ResourceOptions
+from pulumi import Input, Output, ResourceOptions
 
 from components.backup import backup_tag
 from components.credentials import RandomCredential, RotatingCredential, Rotation
-from components.delivery import DIAL_SECONDS
+from components.delivery import connection, deliver, jump_host
 from components.environment import Environment
 from components.firewall import Firewall, TableOf
 from components.lookups import IMAGES
@@ -171,36 +171,34 @@ class Host(pulumi.ComponentResource):
         )
         instance = self._create_instance(user_data)
         self.private_ip = instance.private_ip
-        contacted = self._create_command(
-            "first-contact",
-            instance,
-            address=instance.public_ip,
-            host_key=first_contact.public_key_openssh,
+        contacted = deliver(
+            f"{self._name}-first-contact",
+            self,
+            to=self._way(instance.public_ip, first_contact.public_key_openssh),
+            triggers=[instance.id],
             run="sudo /usr/local/sbin/replace-host-key",
-            stdin=Output.secret(permanent.private_key_openssh),
+            stdin=permanent.private_key_openssh,
             timeout=FIRST_BOOT_TIMEOUT,
             depends_on=[self.firewall],
             ignore_changes=IGNORED_ONCE_BOOTED,
         )
-        booted = self._create_command(
-            "first-boot",
-            instance,
-            address=instance.public_ip,
-            host_key=permanent.public_key_openssh,
+        booted = deliver(
+            f"{self._name}-first-boot",
+            self,
+            to=self._way(instance.public_ip, permanent.public_key_openssh),
+            triggers=[instance.id],
             run="sudo /usr/local/sbin/first-boot",
             timeout=FIRST_BOOT_TIMEOUT,
             depends_on=[contacted],
             ignore_changes=IGNORED_ONCE_BOOTED,
         )
-        self.delivered = self._create_command(
-            "bundle",
-            instance,
-            address=self.address.public_ip,
-            host_key=permanent.public_key_openssh,
+        self.delivered = deliver(
+            f"{self._name}-bundle",
+            self,
+            to=self._way(self.address.public_ip, permanent.public_key_openssh),
+            triggers=[instance.id],
             run="sudo /usr/local/sbin/apply-bundle",
-            stdin=Output.secret(
-                Output.all(files, secret_files).apply(lambda args: bundle.render(*args))
-            ),
+            stdin=Output.all(files, secret_files).apply(lambda args: bundle.render(*args)),
             timeout=DELIVERY_TIMEOUT,
             depends_on=self._attach(instance, [booted, *after]),
         )
@@ -277,13 +275,11 @@ class Host(pulumi.ComponentResource):
     @property
     def jump(self) -> command.remote.ProxyConnectionArgs:
         """This machine as a jump host."""
-        return command.remote.ProxyConnectionArgs(
+        return jump_host(
             host=self.address.public_ip,
             user=self._user,
-            private_key=Output.secret(self._environment.ssh_key.private_key_openssh),
+            private_key=self._environment.ssh_key.private_key_openssh,
             host_key=self.host_key,
-            dial_error_limit=-1,
-            per_dial_timeout=DIAL_SECONDS,
         )
 
     @property
@@ -501,11 +497,11 @@ class Host(pulumi.ComponentResource):
         if acme is None or settings.lets_encrypt is None:
             return
         seconds = milliseconds(settings.lets_encrypt.timeout) // 1000
-        self._create_command(
-            "public-certificate",
-            instance,
-            address=self.address.public_ip,
-            host_key=self.host_key,
+        deliver(
+            f"{self._name}-public-certificate",
+            self,
+            to=self._way(self.address.public_ip, self.host_key),
+            triggers=[instance.id],
             run=public_certificate.wait_command(acme, self.address.fqdn, seconds),
             timeout=f"{seconds + CERTIFICATE_GRACE_SECONDS}s",
             depends_on=[self.delivered],
@@ -513,43 +509,10 @@ class Host(pulumi.ComponentResource):
             logging=command.remote.Logging.STDOUT_AND_STDERR,
         )
 
-    def _create_command(
-        self,
-        purpose: str,
-        instance: aws.ec2.Instance,
-        *,
-        address: Output[str],
-        host_key: Output[str],
-        run: str,
-        stdin: Output[str] | None = None,
-        timeout: str,
-        depends_on: list[pulumi.Resource],
-        logging: command.remote.Logging = command.remote.Logging.NONE,
-        ignore_changes: list[str] | None = None,
-    ) -> command.remote.Command:
-        return command.remote.Command(
-            f"{self._name}-{purpose}",
-            connection=command.remote.ConnectionArgs(
-                host=address,
-                user=self._user,
-                private_key=Output.secret(self._environment.ssh_key.private_key_openssh),
-                # Without it the provider would talk to anyone.
-                host_key=host_key,
-                # Refused dials use up a limit of tries at once; custom_timeouts bounds the wait.
-                dial_error_limit=-1,
-                per_dial_timeout=DIAL_SECONDS,
-            ),
-            create=run,
-            update=run,
-            stdin=stdin,
-            triggers=[instance.id],
-            logging=logging,
-            add_previous_output_in_env=False,
-            opts=ResourceOptions(
-                parent=self,
-                depends_on=depends_on,
-                ignore_changes=ignore_changes,
-                additional_secret_outputs=["stdout", "stderr"],
-                custom_timeouts=CustomTimeouts(create=timeout, update=timeout),
-            ),
+    def _way(self, address: Output[str], host_key: Output[str]) -> command.remote.ConnectionArgs:
+        return connection(
+            host=address,
+            user=self._user,
+            private_key=self._environment.ssh_key.private_key_openssh,
+            host_key=host_key,
         )

@@ -11,7 +11,7 @@ import pulumi
 from pulumi import Output, ResourceOptions
 
 from components.credentials import RotatingCredential
-from components.delivery import deliver
+from components.delivery import connection, deliver
 from components.environment import Environment
 from components.host import Host
 from components.pki import LeafArgs, LeafCertificate
@@ -74,15 +74,17 @@ class NodeExporter(pulumi.ComponentResource):
         deliver(
             name,
             self,
-            host=host.address or host.host,
-            port=access.port,
-            user=access.user,
-            private_key=access.private_key.get_secret_value(),
-            host_key=host.host_key,
-            proxy=server.jump if access.jump else None,
-            install=monitored_host.INSTALL,
+            to=connection(
+                host=host.address or host.host,
+                port=access.port,
+                user=access.user,
+                private_key=access.private_key.get_secret_value(),
+                host_key=host.host_key,
+                proxy=server.jump if access.jump else None,
+            ),
+            run=monitored_host.INSTALL,
             remove=monitored_host.remove(owner),
-            delivery=Output.all(public, secrets).apply(lambda pair: monitored_host.delivery(*pair)),
+            stdin=Output.all(public, secrets).apply(lambda pair: monitored_host.delivery(*pair)),
             timeout=access.timeout,
             # The way there first. And when passwords change: who sends before who asks.
             depends_on=[server.delivered],

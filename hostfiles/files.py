@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hostfiles.model import Release
 
@@ -19,6 +19,11 @@ class File:
     secret: bool = False
 
 
+def secret_file(path: str, content: str, group: str) -> File:
+    """A file that root may write, the programs of a group may read, and nobody else."""
+    return File(path=path, content=content, group=group, mode=0o640, secret=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """A validator that apply-bundle runs on the staged tree before anything is swapped.
@@ -28,6 +33,12 @@ class Check:
 
     name: str
     argv: tuple[str, ...]
+
+
+def unit_check(name: str, *units: str) -> Check:
+    """systemd reads the unit files of these paths, and finds the programs that they start."""
+    argv = ("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no")
+    return Check(name=name, argv=(*argv, *(f"{{tree}}{unit}" for unit in units)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +59,18 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class HostFiles:
-    """Everything that makes a machine one of ours."""
+    """Everything that makes a machine one of ours.
+
+    `first_boot` are files as they are until the first bundle, in the place of those of `files`.
+    """
 
     files: tuple[File, ...]
     checks: tuple[Check, ...]
     units: tuple[Unit, ...]
     releases: tuple[Release, ...]
     packages: tuple[str, ...]
+    first_boot: tuple[File, ...] = ()
 
     def with_files(self, more: tuple[File, ...]) -> HostFiles:
         """The same host with more files, as when the secret ones join the others."""
-        return HostFiles(
-            files=(*self.files, *more),
-            checks=self.checks,
-            units=self.units,
-            releases=self.releases,
-            packages=self.packages,
-        )
+        return replace(self, files=(*self.files, *more))

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 from sandbox import host, network
+from sandbox.progress import silent
 from tests.sandbox.conftest import ROOT, Sandbox
 from tests.sandbox.keyring import Keyring, forge_authority, issue
 from tests.sandbox.probe import OPEN, knock
@@ -92,7 +93,7 @@ def provider_for(sandbox: Sandbox) -> Iterator[Provider]:
 @contextlib.contextmanager
 def browser_of(sandbox: Sandbox, provider: Provider, profile: Path) -> Iterator[BrowserContext]:
     """A browser that knows nobody yet. It takes the two servers' own certificates and no other."""
-    host.install(lambda _: contextlib.nullcontext(), {"chromium": str(CHROMIUM)})
+    host.install(silent, {"chromium": str(CHROMIUM)})
     page = Keyring(sandbox.state).leaf("master-nginx").certificate
     pins = [_pin(page), _pin(provider.certificate)]
     with sync_playwright() as playwright:
