@@ -110,6 +110,11 @@ sed -i 's/^federation_backup_last_success_timestamp_seconds .*/federation_backup
 timestamp_seconds 1700000000/' /var/lib/prometheus-backup/backup.prom
 """
 
+# With room for Prometheus to begin a file of chunks (128 MiB): without, it ends.
+FULL_VOLUME = """
+fallocate -l $(($(df --output=avail -B1 /data | tail -n1) - 150000000)) /data/filler
+"""
+
 FAULTS = {
     "a target is gone": Fault(
         cause=on("core01", "systemctl stop node_exporter"),
@@ -133,11 +138,6 @@ FAULTS = {
             "systemctl start prometheus-backup",
         ),
         raises=(("UnitFailed", "dublin"), ("NotificationsFailing", "dublin")),
-    ),
-    "backups stay away": Fault(
-        cause=on("master", OLD_BACKUP),
-        cure=on("master", "systemctl start prometheus-backup"),
-        raises=(("BackupTooOld", "master"),),
     ),
     "nginx dies again and again": Fault(
         cause=on("master", "for i in 1 2 3 4; do systemctl kill -s KILL nginx; sleep 3; done"),
@@ -170,13 +170,11 @@ FAULTS = {
             ("PrometheusRuleFailures", "master"),
         ),
     ),
-    "the volume is full": Fault(
-        cause=on(
-            "master",
-            "fallocate -l $(($(df --output=avail -B1 /data | tail -n1) - 60000000)) /data/filler",
-        ),
-        cure=on("master", "rm /data/filler"),
-        raises=(("HostDiskFull", "master"),),
+    # One after the other: a backup takes room for a moment.
+    "backups stay away, and the volume is full": Fault(
+        cause=on("master", OLD_BACKUP + FULL_VOLUME),
+        cure=on("master", "rm /data/filler; systemctl start prometheus-backup"),
+        raises=(("BackupTooOld", "master"), ("HostDiskFull", "master")),
     ),
     "a metric's file is broken": Fault(
         cause=on("master", "echo '{' >/var/lib/node_exporter/textfile/bad.prom"),
@@ -190,7 +188,6 @@ def test_each_fault_raises_its_alert_at_the_right_receiver_and_it_clears(
     sandbox: Sandbox, listener: Listener
 ) -> None:
     listener.wait_for_quiet()
-    # Cured backwards: a full volume takes no backup.
     with caused(sandbox, listener, FAULTS.values()) as since:
         # By mail too, and nothing that can wait.
         critical = {
