@@ -32,6 +32,8 @@ PORT = 9093
 # Of its pages, as nginx on the master serves them.
 PATH = "/alertmanager"
 SERVICE = "/etc/systemd/system/alertmanager.service"
+# Silences, and what was notified: on the data volume, so that they outlive the instance.
+STORAGE = "/data/alertmanager"
 # Of no use before the first bundle.
 PATHS = (SERVICE, f"{FOLDER}/")
 # It holds what fires and what is silenced. The share of memory is Go's, as for Prometheus.
@@ -56,6 +58,7 @@ def files(server: Server) -> tuple[File, ...]:
                 release_dir=directory(alerting.release),
                 listen=f"127.0.0.1:{PORT}",
                 external_url=f"https://{server.fqdn}{port}{PATH}/",
+                storage=STORAGE,
                 memory_max_mib=MEMORY_MIB,
                 go_memory_limit_mib=int(MEMORY_MIB * GO_MEMORY_SHARE),
             ),

@@ -25,8 +25,9 @@ CERTIFICATE = f"{FOLDER}/tls/node_exporter.crt"
 STATE_DIRECTORY = "/var/lib/node_exporter"
 # Of a server, those whose failing somebody needs to know of.
 _UNITS = (
-    "(alertmanager|data-volume|federation-watch|nginx|node_exporter|prometheus|prometheus-backup|"
-    "public-certificate|ssh|ufw)[.]service|(federation-watch|prometheus-backup)[.]timer"
+    "(alertmanager|data-volume|federation-watch|grafana|nginx|node_exporter|oauth2-proxy|"
+    "prometheus|prometheus-backup|public-certificate|ssh|ufw)[.]service|"
+    "(federation-watch|prometheus-backup)[.]timer"
 )
 
 

@@ -79,6 +79,6 @@ def checks(server: Server) -> tuple[Check, ...]:
 DATA_VOLUME_UNIT = Unit(
     name="data-volume.service",
     restart_on=(),
-    reload_on=(DATA_VOLUME, prometheus.SERVICE),
+    reload_on=(DATA_VOLUME, prometheus.SERVICE, "/usr/local/sbin/mount-data"),
     ready=("/usr/bin/mountpoint", "--quiet", "/data"),
 )

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hostfiles import prometheus, rules
-from hostfiles.model import MasterServer, SlaveServer
-from tests.hostfiles.conftest import ToolImage
+from hostfiles import master, node_exporter, prometheus, rules
+from hostfiles.model import Acme, MasterServer, OAuth2, SlaveServer
+from tests.hostfiles.conftest import Authority, ToolImage, release
 
 TESTS = Path(__file__).parents[1] / "rules"
 FILES = sorted(rules.FOLDER.glob("*.yml"))
@@ -62,6 +62,39 @@ def test_minutes_follow_the_longer_interval_and_hours_do_not(
     assert "[3h]" in quick["prometheus.yml"]
     slow = rules.contents(slave_server(scrape_interval="1m", evaluation_interval="15s"))
     assert {a["alert"]: a.get("for") for a in flat(slow["prometheus.yml"])}["TargetDown"] == "480s"
+
+
+# The distribution's own; what runs at deliveries and tells by failing them; and what has metrics of
+# its own (PublicCertificateFailing).
+UNWATCHED = {
+    *("systemd-journald.service", "apt-daily-upgrade.timer"),
+    *("nginx-package.service", "certbot.timer"),
+}
+
+
+def test_service_down_knows_each_unit_that_a_server_has(
+    master_server: Callable[..., MasterServer], authority: Authority
+) -> None:
+    ca = authority.certificate
+    server = master_server(
+        grafana=release("grafana", "12.1.0"),
+        oauth2=OAuth2(
+            issuer="https://login.example.net",
+            client_id="federation",
+            allowed_groups=("monitoring",),
+            email_domains=(),
+            scope="",
+            ca="system",
+        ),
+        acme=Acme(email="", server="https://acme.example.net", port=443, roots=ca, private=True),
+    )
+    host = master.host_files(server)
+    service = next(file for file in host.files if file.path == node_exporter.SERVICE)
+    found = re.search(r"--collector.systemd.unit-include=(\S+)", service.content)
+    assert found
+    names = {unit.name for unit in host.units}
+    assert {"oauth2-proxy.service", "grafana.service", "nginx.service"} < names
+    assert {name for name in names if not re.fullmatch(found[1], name)} == UNWATCHED
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

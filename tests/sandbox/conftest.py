@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -242,6 +243,17 @@ def no_scrape_lost(
     # Prometheus holds its rhythm to milliseconds; a lost scrape leaves a gap of two intervals.
     limit = interval * (1.99 if rescheduled else 1.5)
     assert max(gaps, default=0.0) < limit, json.dumps(gaps)
+
+
+def silence(comment: str) -> str:
+    """What Alertmanager is sent for a silence of an hour, of an alert that there is not.
+
+    https://github.com/prometheus/alertmanager/blob/main/api/v2/openapi.yaml
+    """
+    now = datetime.now(UTC)
+    matcher = {"name": "alertname", "value": "NoSuchAlert", "isRegex": False}
+    times = {"startsAt": now.isoformat(), "endsAt": (now + timedelta(hours=1)).isoformat()}
+    return json.dumps({"matchers": [matcher], **times, "createdBy": "tests", "comment": comment})
 
 
 @pytest.fixture(scope="session")

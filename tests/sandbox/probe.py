@@ -60,7 +60,9 @@ class Door:
 class Request:
     """One request. `tls` pins a version (1.2 or 1.3); with `connect` no byte is sent at all.
 
-    `raw` is sent as it is, in place of all that would make a request of it.
+    `body` is JSON. `raw` is sent as it is, in place of all that would make a request of it, and
+    `patience` is how many seconds of silence end the wait for its answer. `after` is how many
+    seconds it waits before it knocks.
     """
 
     door: Door
@@ -69,7 +71,10 @@ class Request:
     method: str = "GET"
     tls: str = ""
     connect: bool = False
+    body: str = ""
     raw: str = field(default="", repr=False)
+    patience: float = 1.0
+    after: float = 0.0
     timeout: float = 10.0
 
 
@@ -190,18 +195,20 @@ def _exchange(stream: socket.socket, request: dict[str, Any]) -> Answer:
     elif client["token"]:
         headers["Authorization"] = f"Bearer {client['token']}"
     if request["raw"]:
-        return _exchange_raw(stream, request["raw"])
+        return _exchange_raw(stream, request["raw"], request["patience"])
+    if request["body"]:
+        headers["Content-Type"] = "application/json"
     began = time.monotonic()
-    connection.request(request["method"], request["path"], headers=headers)
+    connection.request(request["method"], request["path"], request["body"] or None, headers)
     answer = connection.getresponse()
     body = answer.read(_BODY_BYTES).decode(errors="replace")
     return Answer(status=answer.status, body=body, seconds=time.monotonic() - began)
 
 
-def _exchange_raw(stream: socket.socket, raw: str) -> Answer:
+def _exchange_raw(stream: socket.socket, raw: str, patience: float) -> Answer:
     """The first answer's status; the body is all that came, answers to anything smuggled too."""
     stream.sendall(raw.encode("latin-1"))
-    stream.settimeout(1)
+    stream.settimeout(patience)
     came = bytearray()
     with contextlib.suppress(TimeoutError, ConnectionError, ssl.SSLError):
         while part := stream.recv(65536):
@@ -217,7 +224,7 @@ def _main() -> None:
     work = json.loads(sys.stdin.read())
 
     def one(request: dict[str, Any]) -> Answer:
-        time.sleep(work["pause"])
+        time.sleep(work["pause"] + request["after"])
         return _send(request)
 
     with ThreadPoolExecutor(work["at_once"]) as clients:

@@ -4,6 +4,7 @@ down of all that. With test_2_locks.py, which is about the locks on 9095."""
 from __future__ import annotations
 
 import base64
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from sandbox import host
-from tests.sandbox.conftest import Sandbox, no_scrape_lost
+from tests.sandbox.conftest import Sandbox, no_scrape_lost, silence
 from tests.sandbox.keyring import Keyring
 from tests.sandbox.probe import Answer, Client, Door, Request, ask
 
@@ -48,19 +49,33 @@ def accesses(
     return found
 
 
-def served(sandbox: Sandbox, keys: Keyring, server: str, name: str) -> dict[str, float]:
-    """How many requests Prometheus itself has counted, by what it took them for."""
-    door = Door(address="127.0.0.1", port=9090, name=name)
-    metrics = Request(door=door, client=keys.own_client(server), path="/metrics")
+# Where each program counts its requests, and those that the host makes itself all the time.
+COUNTERS = {
+    "prometheus": (9090, "/metrics", "prometheus_http_requests_total{", ("/metrics",)),
+    "alertmanager": (
+        *(9093, "/alertmanager/metrics", "alertmanager_http_request_duration_seconds_count{"),
+        ("/metrics", "/api/v2/alerts"),
+    ),
+}
+
+
+def served(
+    sandbox: Sandbox, keys: Keyring, server: str, name: str, program: str = "prometheus"
+) -> dict[str, float]:
+    """How many requests a program itself has counted, by what it took them for."""
+    port, path, counter, own = COUNTERS[program]
+    door = Door(address="127.0.0.1", port=port, name=name)
+    metrics = Request(door=door, client=keys.own_client(server), path=path)
     (answer,) = ask(sandbox.namespace(server), [metrics])
     assert answer.short == 200
     counts: dict[str, float] = {}
     for line in answer.body.splitlines():
-        if line.startswith("prometheus_http_requests_total{"):
+        if line.startswith(counter):
             labels, _, value = line.rpartition(" ")
             counts[labels] = float(value)
-    # Asking counts, and Prometheus asks itself.
-    return {labels: n for labels, n in counts.items() if 'handler="/metrics"' not in labels}
+    assert counts
+    handlers = tuple(f'handler="{handler}"' for handler in own)
+    return {n: v for n, v in counts.items() if not any(handler in n for handler in handlers)}
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -147,6 +162,110 @@ def test_a_token_is_revoked_alone(sandbox: Sandbox, page: Door, program: Client)
     assert sandbox.outputs["masterTokens"]["reports"] != reports.token
     assert [answer.short for answer in ask(None, requests)] == [401, 200]
     assert sandbox.start_times() == started
+
+
+# ---- Alertmanager ------------------------------------------------------------------------------
+
+ALERTMANAGER = "/alertmanager/api/v2"
+SILENCES = f"{ALERTMANAGER}/silences"
+LOOKS = [
+    *("/alertmanager/", SILENCES),
+    *(f"{ALERTMANAGER}/{name}" for name in ("status", "receivers", "alerts", "alerts/groups")),
+]
+SHUT = [
+    ("GET", "/alertmanager"),
+    ("GET", "/alertmanager/metrics"),
+    ("GET", "/alertmanager/-/ready"),
+    ("POST", "/alertmanager/-/reload"),
+    ("GET", "/alertmanager/debug/pprof/heap"),
+    ("POST", "/alertmanager/"),
+    ("POST", f"{ALERTMANAGER}/alerts"),
+    ("PUT", SILENCES),
+    ("DELETE", SILENCES),
+    ("POST", f"{ALERTMANAGER}/silence/0"),
+    # What nginx itself would read as something that is open.
+    ("GET", "/query/../alertmanager/"),
+    ("GET", "/%61lertmanager/"),
+    ("GET", "//alertmanager/"),
+    ("GET", f"{ALERTMANAGER}/%73ilences"),
+    # What Alertmanager might read as something that is shut.
+    ("GET", "/alertmanager/assets/../metrics"),
+    ("GET", "/alertmanager/assets/..%2fmetrics"),
+    ("GET", "/alertmanager/lib/%2e%2e/metrics"),
+    ("POST", f"{ALERTMANAGER}/silence/../../../-/reload"),
+]
+
+
+def test_people_silence_alerts_and_programs_look_at_them(
+    sandbox: Sandbox, keys: Keyring, page: Door, page_client: Client, program: Client
+) -> None:
+    inside = Door(address="127.0.0.1", port=9093, name=MASTER)
+    own = Request(door=inside, client=keys.own_client("master"), path=LOOKS[0])
+    # As Alertmanager itself answers: Debian's build may have no page.
+    first = ask(sandbox.namespace("master"), [own])[0].short
+    for client in (page_client, program):
+        looks = [Request(door=page, client=client, path=path) for path in LOOKS]
+        answers = ask(None, looks, pause=PACE_SECONDS)
+        assert [answer.short for answer in answers] == [first, *[200] * (len(LOOKS) - 1)]
+    wish = Request(
+        door=page, client=page_client, method="POST", path=SILENCES, body=silence("by a person")
+    )
+    (answer,) = ask(None, [wish])
+    assert answer.short == 200, answer.body
+    made = f"{ALERTMANAGER}/silence/{json.loads(answer.body)['silenceID']}"
+    wrong = page_client.but(password="x" * 48)
+    refused = {
+        "a program": (replace(wish, client=program), 403),
+        "a program that would end it": (
+            Request(door=page, client=program, method="DELETE", path=made),
+            403,
+        ),
+        "another site's page": (
+            replace(
+                wish,
+                raw=f"POST {SILENCES} HTTP/1.1\r\nHost: {MASTER}\r\nConnection: close\r\n"
+                f"Authorization: {_basic(page_client)}\r\nSec-Fetch-Site: cross-site\r\n"
+                "Content-Type: application/json\r\n"
+                f"Content-Length: {len(wish.body)}\r\n\r\n{wish.body}",
+            ),
+            403,
+        ),
+        "nobody": (replace(wish, client=page_client.but(user="")), 401),
+        "nobody who looks": (
+            Request(door=page, client=page_client.but(user=""), path=LOOKS[0]),
+            401,
+        ),
+        "a bad password": (replace(wish, client=wrong), 401),
+        "a bad password that would end it": (
+            Request(door=page, client=wrong, method="DELETE", path=made),
+            401,
+        ),
+        "a bad token": (replace(wish, client=program.but(token=f"grafana_{'x' * 48}")), 401),
+    }
+    answers = ask(None, [request for request, _ in refused.values()], pause=PACE_SECONDS)
+    found = {name: answer.short for name, answer in zip(refused, answers, strict=True)}
+    assert found == {name: status for name, (_, status) in refused.items()}
+    look = Request(door=page, client=program, path=made)
+    end = Request(door=page, client=page_client, method="DELETE", path=made)
+    still, ended, over = ask(None, [look, end, look], pause=PACE_SECONDS)
+    assert json.loads(still.body)["status"]["state"] == "active"
+    assert ended.short == 200
+    assert json.loads(over.body)["status"]["state"] == "expired"
+
+
+def test_nothing_else_of_alertmanager_is_reached(
+    sandbox: Sandbox, keys: Keyring, page: Door, page_client: Client, program: Client
+) -> None:
+    before = served(sandbox, keys, "master", MASTER, "alertmanager")
+    for client in (page_client, program):
+        requests = [Request(door=page, client=client, method=m, path=p) for m, p in SHUT]
+        answers = ask(None, requests, pause=PACE_SECONDS)
+        found = dict(zip(SHUT, (answer.short for answer in answers), strict=True))
+        assert found == dict.fromkeys(SHUT, 403)
+    assert served(sandbox, keys, "master", MASTER, "alertmanager") == before
+    # What is let through is counted there.
+    assert ask(None, [Request(door=page, client=program, path=SILENCES)])[0].short == 200
+    assert served(sandbox, keys, "master", MASTER, "alertmanager") != before
 
 
 # ---- limits ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -41,10 +42,13 @@ WEAK = (
 )
 
 
-def ssh(sandbox: Sandbox, server: str, *options: str, command: str = "true") -> str:
-    """What an operator's ssh says."""
+def ssh(
+    sandbox: Sandbox, server: str, *options: str, command: str = "true", key: Path | None = None
+) -> str:
+    """What an operator's ssh says, or that of who has another key."""
     folder = sandbox.plan.state_dir / "outputs"
-    argv = ["ssh", "-F", "none", "-i", str(folder / "operator.key"), "-o", "IdentitiesOnly=yes"]
+    shown = str(key or folder / "operator.key")
+    argv = ["ssh", "-F", "none", "-i", shown, "-o", "IdentitiesOnly=yes"]
     argv += ["-o", f"UserKnownHostsFile={folder / 'known_hosts'}", "-o", "BatchMode=yes"]
     argv += [*options, f"admin@{sandbox.public_ip(server)}", command]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
@@ -73,6 +77,22 @@ def test_the_operators_key_gets_in_and_says_which_one_it_was(sandbox: Sandbox) -
     assert ssh(sandbox, "master", command="id -un").endswith("admin\n")
     told = sandbox.inside("master", "journalctl", "-u", "ssh", "-o", "cat", "--no-pager")
     assert re.search(r"Accepted publickey for admin from \S+ port \d+ ssh2: ED25519 SHA256:", told)
+
+
+def test_a_key_of_the_account_lets_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    folder = "/home/admin/.ssh"
+    sandbox.script(
+        "master",
+        f"install -d -o admin -m 700 {folder} && cp -a {folder} /root/ssh && "
+        f"echo '{key.with_suffix('.pub').read_text().strip()}' >>{folder}/authorized_keys && "
+        f"chown admin {folder}/authorized_keys && chmod 600 {folder}/authorized_keys",
+    )
+    try:
+        assert "Permission denied (publickey)." in ssh(sandbox, "master", key=key)
+    finally:
+        sandbox.script("master", f"rm -r {folder} && mv /root/ssh {folder}")
 
 
 def test_no_password_is_asked_for_and_root_is_refused(sandbox: Sandbox) -> None:

@@ -7,12 +7,14 @@ that it asks for, and the same client comes in when it holds that one too.
 
 from __future__ import annotations
 
+import base64
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 
@@ -70,15 +72,20 @@ def _fqdn(server: str) -> str:
 
 
 @contextmanager
-def _group_opened(sandbox: Sandbox, address: str) -> Iterator[None]:
-    """The slave's security group lets one more address in on 9095."""
+def _group_opened(
+    sandbox: Sandbox, address: str, server: str = "dublin", port: int = 9095, *, out: bool = False
+) -> Iterator[None]:
+    """A server's security group is open to one more address on a port, inwards or outwards."""
     fabric = sandbox.fabric
-    groups = fabric.model.attachments[sandbox.machine("dublin")].groups
+    groups = fabric.model.attachments[sandbox.machine(server)].groups
     assert groups
     group = groups[0]
     before = fabric.model.groups[group]
-    rule = network.Rule(protocol="tcp", peer=f"{address}/32", from_port=9095, to_port=9095)
-    opened = replace(before, ingress=(*before.ingress, rule))
+    rule = network.Rule(protocol="tcp", peer=f"{address}/32", from_port=port, to_port=port)
+    if out:
+        opened = replace(before, egress=(*before.egress, rule))
+    else:
+        opened = replace(before, ingress=(*before.ingress, rule))
     try:
         fabric.update(lambda model: replace(model, groups={**model.groups, group: opened}))
         yield
@@ -87,14 +94,17 @@ def _group_opened(sandbox: Sandbox, address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _ufw_opened(sandbox: Sandbox, address: str) -> Iterator[None]:
-    """ufw on the slave lets one more address in on 9095. Its files are the bundle's and stay."""
-    rule = ("ufw-user-input", "-s", f"{address}/32", "-p", "tcp", "--dport", "9095", "-j", "ACCEPT")
-    sandbox.inside("dublin", "iptables", "-I", *rule)
+def _ufw_opened(
+    sandbox: Sandbox, address: str, server: str = "dublin", port: int = 9095, *, out: bool = False
+) -> Iterator[None]:
+    """The same of a server's ufw. Its files are the bundle's and stay."""
+    chain, side = ("ufw-user-output", "-d") if out else ("ufw-user-input", "-s")
+    rule = (chain, side, f"{address}/32", "-p", "tcp", "--dport", str(port), "-j", "ACCEPT")
+    sandbox.inside(server, "iptables", "-I", *rule)
     try:
         yield
     finally:
-        sandbox.inside("dublin", "iptables", "-D", *rule)
+        sandbox.inside(server, "iptables", "-D", *rule)
 
 
 @contextmanager
@@ -141,6 +151,54 @@ def test_with_the_security_group_open_ufw_alone_keeps_a_stranger_out(
             answer = ask(outsider, [wanted])[0]
     assert answer.short == 200
     assert "up{" in answer.body
+
+
+OPERATORS_PORTS = (22, 443)
+
+
+def test_each_firewall_alone_keeps_a_stranger_from_the_operators_ports(
+    sandbox: Sandbox, outsider: str
+) -> None:
+    address, master = network.address_of(outsider), sandbox.public_ip("master")
+
+    def found() -> set[str]:
+        return set(
+            knock(outsider, [(master, port) for port in OPERATORS_PORTS], seconds=1).values()
+        )
+
+    @contextmanager
+    def opened(lock: Callable[..., AbstractContextManager[None]]) -> Iterator[None]:
+        with ExitStack() as opens:
+            for port in OPERATORS_PORTS:
+                opens.enter_context(lock(sandbox, address, "master", port))
+            yield
+
+    with _ufw_stopped(sandbox, "master"):
+        assert found() == {SILENCE}
+        with opened(_group_opened):
+            assert found() == {OPEN}
+    with opened(_group_opened):
+        assert found() == {SILENCE}
+        with opened(_ufw_opened):
+            assert found() == {OPEN}
+
+
+def test_each_firewall_alone_keeps_a_server_from_calling_out(sandbox: Sandbox) -> None:
+    # Somebody who answers on the internet, on a port that packages do not need.
+    server, address, port = "dublin", sandbox.plan.inet_ip, 53
+    out = partial(_group_opened, sandbox, address, server, port, out=True)
+
+    def found() -> str:
+        return knock(sandbox.namespace(server), [(address, port)], seconds=1)[address, port]
+
+    with _ufw_stopped(sandbox, server):
+        assert found() == SILENCE
+        with out():
+            assert found() == OPEN
+    with out():
+        assert found() == SILENCE
+        with _ufw_opened(sandbox, address, server, port, out=True):
+            assert found() == OPEN
 
 
 def test_a_stranger_gets_no_answer_from_any_port_of_either_server(
@@ -409,6 +467,55 @@ def test_a_burst_is_cut_off_and_soon_forgotten_and_nobody_else_notices(
     assert host.wait_until(lambda: ask(insider, [wanted])[0].short == status, seconds=3, step=1.1)
 
 
+# Of each door, how many connections one caller may have at once.
+MOST = {"dublin": 10, "master": 30}
+
+
+@pytest.mark.parametrize("server", MOST)
+def test_who_has_too_many_connections_is_told_so_and_others_are_served(
+    sandbox: Sandbox,
+    insider: str,
+    federation: Door,
+    page: Door,
+    master_client: Client,
+    page_client: Client,
+    keys: Keyring,
+    server: str,
+) -> None:
+    token = keys.client(None).but(token=sandbox.outputs["masterTokens"]["grafana"])
+    if server == "dublin":
+        namespace, door, client, path = insider, federation, master_client, FEDERATE
+        # The master itself, at its own address.
+        elsewhere, other = sandbox.namespace("master"), master_client
+    else:
+        namespace, door, client, path = None, page, page_client, "/api/v1/query?query=up"
+        # A program at the same address.
+        elsewhere, other = None, token
+    pair = base64.b64encode(f"{client.user}:{client.password}".encode()).decode()
+    later = PACE_SECONDS * MOST[server] + 0.5
+    # A request whose body does not come: nginx waits for it for ten seconds.
+    held = Request(
+        door=door,
+        client=client,
+        raw=f"GET {path} HTTP/1.1\r\nHost: {door.name}\r\nAuthorization: Basic {pair}\r\n"
+        "Content-Length: 9\r\n\r\n",
+        patience=later + 1,
+    )
+    right = Request(door=door, client=client, path=path)
+    guess = replace(right, client=client.but(password="x" * 48))
+    crowd = [replace(held, after=PACE_SECONDS * number) for number in range(MOST[server])]
+    late = [replace(one, after=later) for one in (right, guess)]
+    others = [replace(right, client=other, after=later + number / 4) for number in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, namespace, [*crowd, *late], at_once=len(crowd) + len(late))
+        second = pool.submit(ask, elsewhere, others, at_once=len(others))
+    *crowded, one_more, stranger = (answer.short for answer in first.result())
+    assert crowded == [SILENCE] * MOST[server]
+    assert (one_more, stranger) == (429, 401)
+    assert [answer.short for answer in second.result()] == [200] * len(others)
+    assert ask(namespace, [right])[0].short == 200
+
+
 # ---- lock 6: the paths -------------------------------------------------------------------------
 
 
@@ -550,6 +657,7 @@ def test_on_loopback_prometheus_answers_nobody_without_password(
     found = {(r.method, r.path): a.short for r, a in zip(requests, answers, strict=True)}
     assert found == {(r.method, r.path): 401 for r in requests}
     assert {answer.body for answer in answers} == {"Unauthorized\n"}
+    _assert_wrong_certificates_are_refused(sandbox, server, keys, door, "/metrics")
     plain = Request(door=replace(door, name=""), client=local, path="/metrics")
     with_password = Request(door=door, client=local, path="/metrics")
     # The admin API is on: it is the locks that keep it from everybody else.
@@ -580,6 +688,28 @@ def test_on_loopback_alertmanager_answers_nobody_without_password(
     )
     assert (without_tls.short, NO_TLS in without_tls.body) == (400, True)
     assert (known.short, '"versionInfo"' in known.body) == (200, True)
+    _assert_wrong_certificates_are_refused(sandbox, server, keys, door, status)
+
+
+def _assert_wrong_certificates_are_refused(
+    sandbox: Sandbox, server: str, keys: Keyring, door: Door, path: str
+) -> None:
+    """Who shows one at all must show a good one, whatever his password."""
+    local, name, ours = keys.own_client(server), _fqdn(server), keys.authority
+    leaves = {
+        "good": issue(name, ours),
+        "another CA's": issue(name, forge_authority()),
+        "expired": issue(name, ours, starts=-2 * DAY, ends=-DAY / 24),
+        "for servers alone": keys.leaf(f"{resource(server)}-nginx"),
+    }
+    requests = [
+        Request(door=door, client=local.but(certificate=leaf.certificate, key=leaf.key), path=path)
+        for leaf in leaves.values()
+    ]
+    good, *bad = ask(sandbox.namespace(server), requests)
+    assert good.short == 200
+    for answer in bad:
+        assert (answer.status, answer.why[:5]) == (0, "TLS: "), answer
 
 
 @pytest.mark.parametrize("server", ["master", "dublin"])
@@ -694,6 +824,10 @@ def test_the_masters_page_lets_people_read_and_nobody_write(
         ("POST", "/-/ready"),
         ("POST", "/-/%72eload"),
         ("POST", "//-/reload"),
+        # nginx itself would read these as paths that are open.
+        ("GET", "/%71uery"),
+        ("GET", "//query"),
+        ("GET", "/x/../api/v1/query?query=up"),
         ("GET", "/query/../federate"),
         ("GET", "/api/v1/query/../status/config"),
         ("GET", "/assets/..%2fmetrics"),

@@ -225,6 +225,28 @@ def test_a_service_that_stops_is_told_by_whom_it_leaves(
     listener.wait_for_quiet()
 
 
+def test_nginx_that_is_stopped_is_told_to_the_team_and_the_pager(
+    sandbox: Sandbox, listener: Listener
+) -> None:
+    since = time.time()
+    down = {("ServiceDown", "master"), ("ServiceDown", "dublin"), ("FederationDown", "master")}
+    try:
+        for server in ("master", "dublin"):
+            sandbox.script(server, "systemctl stop nginx")
+        listener.wait("team", since, down)
+        listener.wait("pager@example.net", since, down)
+        named = {
+            (one.server, one.labels["name"])
+            for one in listener.told
+            if one.alert == "ServiceDown" and one.at >= since and one.receiver == "team"
+        }
+        assert named == {("master", "nginx.service"), ("dublin", "nginx.service")}
+    finally:
+        for server in ("master", "dublin"):
+            sandbox.script(server, "systemctl start nginx")
+    listener.wait_for_quiet()
+
+
 def test_a_master_that_can_tell_nobody_is_missed_by_the_dead_mans_switch(
     sandbox: Sandbox, listener: Listener
 ) -> None:
@@ -251,7 +273,9 @@ def test_secrets_of_receivers_are_in_their_files_alone(
 ) -> None:
     words = "|".join((TOKEN, PASSWORD, HOOK))
     found = sandbox.script(
-        server, f"grep -rlE '{words}' /etc /opt /var/lib /var/log /run 2>/dev/null", check=False
+        server,
+        f"grep -rlE '{words}' /etc /opt /data /var/lib /var/log /run 2>/dev/null",
+        check=False,
     )
     held = sandbox.script(server, "find /opt/federation/trees -path '*/alertmanager/secrets/rec*'")
     held += sandbox.script(server, "find /opt/federation/trees -path '*/alertmanager/secrets/glo*'")

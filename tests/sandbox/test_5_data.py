@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ import pytest
 
 from sandbox import host, machine
 from sandbox.program import plain
-from tests.sandbox.conftest import Sandbox, no_scrape_lost
+from tests.sandbox.conftest import Sandbox, no_scrape_lost, silence
+from tests.sandbox.keyring import Keyring
+from tests.sandbox.probe import Door, Request, ask
 
 INTERVAL_SECONDS = 2
 # What the site's slave scraped and the master took over.
@@ -23,6 +26,7 @@ FEDERATED = 'up{job="CoreSystems",instance="core01.example.internal:9100",site="
 SCRAPED = 'up{job="CoreSystems",instance="core01.example.internal:9100"}'
 GAP_SECONDS = 60
 SERVERS = ("dublin", "master")
+NAMES = {"dublin": "prometheus-slave.example.com", "master": "prometheus-master.example.com"}
 KEPT_ON_HOST = 3
 
 
@@ -59,6 +63,26 @@ def history(sandbox: Sandbox, server: str, since: float, until: float) -> Any:
         step=str(INTERVAL_SECONDS),
     )
     return sorted(found["result"], key=lambda row: sorted(row["metric"].items()))
+
+
+def alertmanager(sandbox: Sandbox, server: str, new: str = "") -> Any:
+    """The silences of a server's Alertmanager, asked on its loopback, or a new one for it."""
+    wanted = Request(
+        door=Door(address="127.0.0.1", port=9093, name=NAMES[server]),
+        client=Keyring(sandbox.state).own_client(server),
+        path="/alertmanager/api/v2/silences",
+        method="POST" if new else "GET",
+        body=new,
+    )
+    (answer,) = ask(sandbox.namespace(server), [wanted])
+    assert answer.short == 200, answer
+    return json.loads(answer.body)
+
+
+def silenced(sandbox: Sandbox, server: str) -> set[str]:
+    """The comments of its silences that are in force."""
+    found = alertmanager(sandbox, server)
+    return {one["comment"] for one in found if one["status"]["state"] == "active"}
 
 
 def gap(sandbox: Sandbox, since: float) -> float:
@@ -119,6 +143,9 @@ def test_a_damaged_database_is_restored_from_the_volume_by_one_command(quick: Sa
     until = time.time() - 2 * INTERVAL_SECONDS
     before = history(quick, "dublin", since, until)
     assert before
+    # What others than Prometheus have on the volume stays.
+    others = sorted(["alertmanager", "backups", "letsencrypt", "lost+found", "targets"])
+    quick.script("dublin", "mkdir /data/letsencrypt")
     quick.script("dublin", "systemctl kill -s KILL prometheus; rm -rf /data/wal /data/chunks_head")
     started = time.time()
     told = quick.inside("dublin", "/usr/local/sbin/restore-data", backup)
@@ -129,7 +156,10 @@ def test_a_damaged_database_is_restored_from_the_volume_by_one_command(quick: Sa
     assert again, "the history is not what it was"
     print(f"restored from the volume in {time.time() - started:.1f} s")
     quick.wait(f"count_over_time({FEDERATED}[6s]) >= 2")
-    quick.script("dublin", "rm -r /data/replaced")
+    moved = quick.script("dublin", "ls /data/replaced/*").split()
+    kept = quick.script("dublin", "ls /data").split()
+    assert (set(others) - set(kept), set(others) & set(moved)) == (set(), set())
+    quick.script("dublin", "rm -r /data/replaced /data/letsencrypt")
     refused = quick.inside("dublin", "/usr/local/sbin/restore-data", "../wal", check=False)
     assert "the backups are" in refused
     assert backup in refused
@@ -207,6 +237,7 @@ def test_a_replaced_server_has_its_history_and_federation_is_back_within_a_minut
     until = time.time() - 2 * INTERVAL_SECONDS
     since = until - 60
     before = {name: history(quick, name, since, until) for name in SERVERS}
+    alertmanager(quick, server, silence("of the one before"))
     started = time.time()
     with first_boot_held(quick, server) as new:
         # However long it takes to boot, the old one serves.
@@ -219,9 +250,27 @@ def test_a_replaced_server_has_its_history_and_federation_is_back_within_a_minut
     assert left == [new], "also gone: one whose first boot failed"
     quick.wait(f"count_over_time({FEDERATED}[6s]) >= 2")
     assert {name: history(quick, name, since, until) for name in SERVERS} == before
+    assert "of the one before" in silenced(quick, server)
     lost = gap(quick, started - 10)
     print(f"{server} replaced: {lost:.1f} s without federated samples")
     assert lost < GAP_SECONDS
+
+
+def test_silences_that_lay_on_the_root_disk_come_along(quick: Sandbox) -> None:
+    alertmanager(quick, "dublin", silence("of long ago"))
+    # Where an earlier release of this program had them.
+    move = "systemctl stop alertmanager && mv /data/alertmanager /var/lib/alertmanager"
+    # As the delivery does that brings this one.
+    quick.script(
+        "dublin", f"{move} && systemctl reload data-volume && systemctl start alertmanager"
+    )
+    try:
+        assert host.wait_until(lambda: "of long ago" in silenced(quick, "dublin"), seconds=10)
+        where = quick.script("dublin", "stat -c '%U %a' /data/alertmanager /data/alertmanager/*")
+        assert where.split("\n")[0] == "alertmanager 750"
+        assert {line.split()[0] for line in where.splitlines()} == {"alertmanager"}
+    finally:
+        quick.script("dublin", "rm -r /var/lib/alertmanager")
 
 
 def volume_of(sandbox: Sandbox, server: str) -> Any:
@@ -241,6 +290,10 @@ def snapshots(sandbox: Sandbox) -> dict[str, str]:
 
 def test_destroyed_volumes_are_restored_from_snapshots_into_new_instances(quick: Sandbox) -> None:
     since = time.time() - 60
+    for name in SERVERS:
+        alertmanager(quick, name, silence("in the snapshot"))
+        # It writes them down every minute, and when it ends.
+        quick.script(name, "systemctl restart alertmanager")
     newest = snapshots(quick)
     # The file systems were at rest for a moment: what had been answered before is in the copy.
     until = time.time() - 4 * INTERVAL_SECONDS
@@ -264,6 +317,7 @@ def test_destroyed_volumes_are_restored_from_snapshots_into_new_instances(quick:
         assert volume_of(quick, name) != lost[name]
         assert lost[name].exists(), "what was replaced is the user's to remove"
     assert "delete Volume " not in printed
+    assert all("in the snapshot" in silenced(quick, name) for name in SERVERS)
     assert {name: history(quick, name, since, until) for name in SERVERS} == before
     quick.wait(f"count_over_time({FEDERATED}[6s]) >= 2")
 

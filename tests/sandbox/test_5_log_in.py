@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,16 @@ from sandbox import host, network, providers
 from sandbox.program import plain
 from sandbox.progress import silent
 from settings import RELEASES
-from tests.sandbox.conftest import ROOT, Sandbox
+from tests.sandbox.conftest import ROOT, Sandbox, silence
 from tests.sandbox.keyring import Keyring, forge_authority, issue
 from tests.sandbox.probe import OPEN, Door, Request, ask, knock
 
 MASTER = "prometheus-master.example.com"
 QUERY = "/api/v1/query?query=up%7Bsite%3D%22dublin%22%7D"
+SILENCES = "/alertmanager/api/v2/silences"
+# As Alertmanager's own page does it.
+SILENCE_IN_THE_PAGE = """async ([path, body]) => (await fetch(path, {
+    method: "POST", headers: {"Content-Type": "application/json"}, body})).status"""
 CHROMIUM = Path("/usr/bin/chromium")
 PROVIDER = Path(__file__).with_name("provider.py")
 PROVIDER_PORT = 8443
@@ -96,6 +100,8 @@ def with_people(sandbox: Sandbox, provider: Provider) -> Iterator[Sandbox]:
         "cidrs": [f"{provider.address}/32"],
     }
     sandbox.set(master=sandbox.get("master") | {"oauth2": oauth2})
+    # So that an alert need not wait for a minute.
+    sandbox.set(scrapeInterval="2s", evaluationInterval="2s")
     sandbox.up()
     yield sandbox
     sandbox.config = before
@@ -147,6 +153,9 @@ def test_who_is_not_logged_in_is_sent_to_the_provider_and_gets_no_data(
     assert "code_challenge_method=S256" in where[1]
     assert f"redirect_uri=https%3A%2F%2F{MASTER}%2Foauth2%2Fcallback" in where[1]
     assert CLIENT_SECRET not in sent
+    # The address that a notification has, too.
+    sent = answer_to(page, keys, "/alertmanager/")
+    assert f"Location: {provider.issuer}/oauth2/authorize?" in sent
     pair = base64.b64encode(b"prometheus-admin:" + b"x" * 48).decode()
     for headers in (
         [],
@@ -171,6 +180,17 @@ def test_programs_come_in_by_their_tokens_all_the_same(
     found = answer_to(page, keys, QUERY, f"Authorization: Bearer {token}")
     assert found.startswith("HTTP/1.1 200 ")
     assert '"site":"dublin"' in found
+    program = keys.client(None).but(token=token)
+    wish = Request(door=page, method="POST", path=SILENCES, body=silence("by nobody we know"))
+    looks, silences, unknown = ask(
+        None,
+        [
+            Request(door=page, client=program, path=SILENCES),
+            replace(wish, client=program),
+            replace(wish, client=keys.client(None)),
+        ],
+    )
+    assert (looks.short, silences.short, unknown.short) == (200, 403, 401)
 
 
 def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
@@ -189,6 +209,8 @@ def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
     federated = json.loads(tab.inner_text("body"))["data"]["result"]
     assert {row["metric"]["instance"] for row in federated if row["metric"]["job"] == "CoreSystems"}
     _screenshot(browser, "logged-in-and-federated-data")
+    silenced = tab.evaluate(SILENCE_IN_THE_PAGE, [SILENCES, silence("by alice")])
+    assert silenced == 200
     (cookie,) = (c for c in browser.cookies() if c.get("name") == "__Host-federation")
     assert cookie.get("httpOnly")
     assert cookie.get("secure")
@@ -197,6 +219,7 @@ def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
     told = {(row["user"], row["path"], row["status"]) for row in rows}
     assert ("alice@example.com", "/api/v1/query", 200) in told
     assert ("", "/oauth2/callback", 302) in told
+    assert ("alice@example.com", SILENCES, 200) in told
     # Neither the code of the log-in nor the cookie stand in any journal.
     journal = with_people.script("master", f"journalctl --all --output=export --since=@{since:.0f}")
     for secret in ("code=", "state=", cookie.get("value", "?")):
@@ -216,6 +239,21 @@ def test_a_person_of_no_such_group_is_refused(
     refused = tab.goto(f"https://{MASTER}{QUERY}")
     assert refused is not None
     assert refused.status == 401
+
+
+def test_an_oauth2_proxy_that_is_stopped_is_told(
+    with_people: Sandbox, page: Door, keys: Keyring
+) -> None:
+    alert = 'ALERTS{alertname="ServiceDown",name="oauth2-proxy.service",alertstate="firing"}'
+    with_people.script("master", "systemctl stop oauth2-proxy")
+    try:
+        # Nobody is let in for that.
+        assert answer_to(page, keys, QUERY).startswith("HTTP/1.1 500 ")
+        with_people.wait(alert)
+    finally:
+        with_people.script("master", "systemctl start oauth2-proxy")
+    with_people.wait(f"absent({alert})")
+    assert answer_to(page, keys, QUERY).startswith("HTTP/1.1 401 ")
 
 
 def test_what_oauth2_proxy_knows_is_in_its_own_files_alone(with_people: Sandbox) -> None:
