@@ -31,7 +31,8 @@ echo $1 >/stub/kill; rm -f /stub/calls
 PATH=/stub:$PATH setsid --wait restore-data one >/dev/null 2>&1; echo $?
 {SHOW} echo; echo 0 >/stub/kill; >/stub/systemd
 PATH=/stub:$PATH restore-data one >/dev/null; echo $?
-{SHOW} cat /stub/systemd; echo; cd replaced; find . -type f -not -path './*/01[AB]/*' -printf '%P\\n'
+{SHOW} cat /stub/systemd; echo
+cd replaced; find . -type f -not -path './*/01[AB]/*' -printf '%P\\n'
 """
 
 
