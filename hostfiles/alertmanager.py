@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import yaml
 
 from hostfiles.curl import curl_config
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, secret_file
 from hostfiles.model import (
     Alerting,
     Credential,
@@ -74,8 +74,8 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
     nginx = (secrets.nginx,) if isinstance(secrets, MasterSecrets) else ()
     return (
         File(path=CERTIFICATE, content=leaf.certificate),
-        _secret(f"{FOLDER}/tls/alertmanager.key", leaf.key),
-        _secret(
+        secret_file(f"{FOLDER}/tls/alertmanager.key", leaf.key, GROUP),
+        secret_file(
             f"{FOLDER}/web.yml",
             web_config(
                 certificate="tls/alertmanager.crt",
@@ -83,9 +83,10 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
                 ca="tls/ca.pem",
                 users=[*nginx, secrets.local],
             ),
+            GROUP,
         ),
         *_curl(server, secrets.local),
-        *(_secret(path, content) for path, content in sorted(secrets.alerting.items())),
+        *(secret_file(path, content, GROUP) for path, content in sorted(secrets.alerting.items())),
     )
 
 
@@ -126,10 +127,6 @@ def _configuration(alerting: Alerting) -> str:
     return yaml.safe_dump(dict(alerting.config), sort_keys=False, width=1000, allow_unicode=True)
 
 
-def _secret(path: str, content: str) -> File:
-    return File(path=path, content=content, group=GROUP, mode=0o640, secret=True)
-
-
 def _curl(server: Server, local: Credential) -> Iterator[File]:
     for name, method, path in (("ready", "GET", "/-/ready"), ("reload", "POST", "/-/reload")):
         content = curl_config(
@@ -140,4 +137,4 @@ def _curl(server: Server, local: Credential) -> Iterator[File]:
             ca=f"{FOLDER}/tls/ca.pem",
             method=method,
         )
-        yield _secret(f"{SECRETS_FOLDER}/{name}.curl", content)
+        yield secret_file(f"{SECRETS_FOLDER}/{name}.curl", content, GROUP)

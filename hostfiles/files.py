@@ -19,6 +19,11 @@ class File:
     secret: bool = False
 
 
+def secret_file(path: str, content: str, group: str) -> File:
+    """A file that root may write, the programs of a group may read, and nobody else."""
+    return File(path=path, content=content, group=group, mode=0o640, secret=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """A validator that apply-bundle runs on the staged tree before anything is swapped.
@@ -28,6 +33,12 @@ class Check:
 
     name: str
     argv: tuple[str, ...]
+
+
+def unit_check(name: str, *units: str) -> Check:
+    """systemd reads the unit files of these paths, and finds the programs that they start."""
+    argv = ("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no")
+    return Check(name=name, argv=(*argv, *(f"{{tree}}{unit}" for unit in units)))
 
 
 @dataclass(frozen=True, kw_only=True)

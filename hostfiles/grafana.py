@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from hostfiles.duration import milliseconds
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, secret_file, unit_check
 from hostfiles.model import MasterSecrets, MasterServer, Release
 from hostfiles.releases import directory
 from hostfiles.templates import render
@@ -119,13 +119,9 @@ def secret_files(server: MasterServer, secrets: MasterSecrets) -> tuple[File, ..
     if server.grafana is None:
         return ()
     return (
-        _secret(AUTHORIZATION, f"Bearer {secrets.tokens[TOKEN]}"),
-        _secret(SECRET_KEY, secrets.grafana_key),
+        secret_file(AUTHORIZATION, f"Bearer {secrets.tokens[TOKEN]}", GROUP),
+        secret_file(SECRET_KEY, secrets.grafana_key, GROUP),
     )
-
-
-def _secret(path: str, content: str) -> File:
-    return File(path=path, content=content, group=GROUP, mode=0o640, secret=True)
 
 
 def checks(server: MasterServer) -> tuple[Check, ...]:
@@ -134,13 +130,7 @@ def checks(server: MasterServer) -> tuple[Check, ...]:
         return ()
     return (
         Check(name="Grafana", argv=(f"{directory(server.grafana)}/bin/grafana", "--version")),
-        Check(
-            name="grafana.service",
-            argv=(
-                *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
-                f"{{tree}}{SERVICE}",
-            ),
-        ),
+        unit_check("grafana.service", SERVICE),
     )
 
 

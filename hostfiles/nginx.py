@@ -13,7 +13,7 @@ from typing import cast
 
 from hostfiles import public_certificate
 from hostfiles.duration import milliseconds
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, secret_file
 from hostfiles.grafana import PORT as GRAFANA_PORT
 from hostfiles.model import (
     Credential,
@@ -78,14 +78,15 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
     callers = (f'"{who}" "{_digest(server, text)}";\n' for who, text in sorted(shown.items()))
     return (
         File(path=f"{FOLDER}/tls/server.crt", content=leaf.certificate),
-        _secret("tls/server.key", leaf.key),
-        _secret("users.htpasswd", _htpasswd(secrets.remote)),
-        _secret("callers.map", "".join(callers)),
+        secret_file(f"{FOLDER}/tls/server.key", leaf.key, GROUP),
+        secret_file(f"{FOLDER}/users.htpasswd", _htpasswd(secrets.remote), GROUP),
+        secret_file(f"{FOLDER}/callers.map", "".join(callers), GROUP),
         *(
             [
-                _secret(
-                    "upstream.conf",
+                secret_file(
+                    f"{FOLDER}/upstream.conf",
                     f'proxy_set_header Authorization "Basic {_basic(master.nginx)}";\n',
+                    GROUP,
                 )
             ]
             if master
@@ -97,10 +98,6 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
 def upstream_users(secrets: ServerSecrets) -> tuple[Credential, ...]:
     """As whom nginx comes to what is behind it: on a master as itself, on a slave as its client."""
     return (secrets.nginx,) if isinstance(secrets, MasterSecrets) else secrets.remote
-
-
-def _secret(path: str, content: str) -> File:
-    return File(path=f"{FOLDER}/{path}", content=content, group=GROUP, mode=0o640, secret=True)
 
 
 CHECKS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hostfiles import backup, certificates, prometheus, watch
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, secret_file
 from hostfiles.model import Credential, Leaf, Release, Server, ServerSecrets
 from hostfiles.releases import directory
 from hostfiles.templates import render
@@ -72,8 +72,8 @@ def access(leaf: Leaf, users: Iterable[Credential], scraper: str) -> tuple[File,
     key = f"{FOLDER}/tls/node_exporter.key"
     return (
         File(path=CERTIFICATE, content=leaf.certificate),
-        File(path=key, content=leaf.key, group=GROUP, mode=0o640, secret=True),
-        File(path=CONFIG, content=config, group=GROUP, mode=0o640, secret=True),
+        secret_file(key, leaf.key, GROUP),
+        secret_file(CONFIG, config, GROUP),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, secret_file, unit_check
 from hostfiles.model import MasterSecrets, MasterServer, OAuth2, Release
 from hostfiles.releases import directory
 from hostfiles.templates import render
@@ -62,8 +62,7 @@ def secret_files(server: MasterServer, secrets: MasterSecrets) -> tuple[File, ..
         return ()
     contents = {"client": secrets.client_secret, "cookie": secrets.cookie_secret}
     return tuple(
-        File(path=f"{FOLDER}/{name}.secret", content=content, group=USER, mode=0o640, secret=True)
-        for name, content in contents.items()
+        secret_file(f"{FOLDER}/{name}.secret", content, USER) for name, content in contents.items()
     )
 
 
@@ -81,13 +80,7 @@ def checks(server: MasterServer) -> tuple[Check, ...]:
                 f"--config={{tree}}{CONFIG}",
             ),
         ),
-        Check(
-            name="oauth2-proxy's unit",
-            argv=(
-                *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
-                f"{{tree}}{SERVICE}",
-            ),
-        ),
+        unit_check("oauth2-proxy's unit", SERVICE),
     )
 
 

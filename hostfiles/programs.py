@@ -11,7 +11,7 @@ from hostfiles import (
     public_certificate,
     watch,
 )
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, unit_check
 from hostfiles.model import Server
 from hostfiles.templates import FOLDER, render
 
@@ -72,15 +72,7 @@ def checks(server: Server) -> tuple[Check, ...]:
         *([alertmanager.SERVICE] if server.alerting else []),
         *((*public_certificate.SERVICES, public_certificate.TIMER) if server.acme else []),
     )
-    return (
-        Check(
-            name="systemd units",
-            argv=(
-                *("/usr/bin/systemd-analyze", "verify", "--man=no", "--recursive-errors=no"),
-                *(f"{{tree}}{unit}" for unit in units),
-            ),
-        ),
-    )
+    return (unit_check("systemd units", *units),)
 
 
 # Reloaded when Prometheus's unit changes: its retention size does when the volume grew.

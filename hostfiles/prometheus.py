@@ -17,7 +17,7 @@ import yaml
 from hostfiles import alertmanager, rules
 from hostfiles.curl import curl_config
 from hostfiles.duration import duration, milliseconds
-from hostfiles.files import Check, File, Unit
+from hostfiles.files import Check, File, Unit, secret_file
 from hostfiles.model import (
     Access,
     Credential,
@@ -91,7 +91,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
 
     return (
         File(path=f"{FOLDER}/tls/prometheus.crt", content=secrets.prometheus_leaf.certificate),
-        _secret("tls/prometheus.key", secrets.prometheus_leaf.key),
+        secret_file(f"{FOLDER}/tls/prometheus.key", secrets.prometheus_leaf.key, GROUP),
         _curl("ready", server, secrets, path="/-/ready"),
         _curl("reload", server, secrets, path="/-/reload", method="POST"),
         _curl(
@@ -102,7 +102,7 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         ),
         _curl("node_exporter", server, secrets, port=9100, path="/"),
         *(
-            [_secret(ALERTMANAGER_PASSWORD, secrets.local.password)]
+            [secret_file(f"{FOLDER}/{ALERTMANAGER_PASSWORD}", secrets.local.password, GROUP)]
             if server.alerting is not None
             else []
         ),
@@ -110,10 +110,6 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
         *{file.path: file for file in _jobs(server, secrets)}.values(),
         *_federation(server, secrets),
     )
-
-
-def _secret(path: str, content: str) -> File:
-    return File(path=f"{FOLDER}/{path}", content=content, group=GROUP, mode=0o640, secret=True)
 
 
 def checks(server: Server) -> tuple[Check, ...]:
@@ -154,7 +150,7 @@ def configuration(server: Server) -> dict[str, Any]:
         },
         **_alerting(server),
         "rule_files": [
-            *(f"alerts/{name}" for name in sorted(rules.contents(server))),
+            *(f"alerts/{name}" for name in sorted(rules.names(server))),
             *(f"rules/{name}" for name in sorted(server.rule_files)),
         ],
         # A file for each job, as they name files of secrets by what is in them (password_file).
@@ -285,7 +281,7 @@ def _job(
         yield File(path=f"{FOLDER}/{tls}-ca.pem", content=str(access.ca))
     if access.client not in (None, "own"):
         yield File(path=f"{FOLDER}/{tls}.crt", content=str(access.client))
-        yield _secret(f"{tls}.key", given.key)
+        yield secret_file(f"{FOLDER}/{tls}.key", given.key, GROUP)
     if access.credential is not None:
         user, password = access.user, given.password
         if access.credential == "own":
@@ -293,7 +289,7 @@ def _job(
                 raise ValueError(f"job {job.name!r} sends the exporters' password: there is none")
             user, password, secret_name = exporter.user, exporter.password, "exporters"
         path = password_file(secret_name, password)
-        yield _secret(path, password)
+        yield secret_file(f"{FOLDER}/{path}", password, GROUP)
         if access.credential == "authorization":
             config["authorization"] = {
                 "type": access.authorization_type,
@@ -410,7 +406,7 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
         raise ValueError(f"sites {sorted(sites)} have passwords for {sorted(passwords)}")
     for name, site in sorted(sites.items()):
         path = password_file(f"federate-{name}", passwords[name])
-        yield _secret(path, passwords[name])
+        yield secret_file(f"{FOLDER}/{path}", passwords[name], GROUP)
         job = federate_job(site, path)
         if name in trusts:
             tls, trust = f"tls/federate/{name}", trusts[name]
@@ -421,7 +417,7 @@ def _federation(server: Server, secrets: ServerSecrets) -> Iterator[File]:
             }
             yield File(path=f"{FOLDER}/{tls}-ca.pem", content=trust.ca_bundle)
             yield File(path=f"{FOLDER}/{tls}.crt", content=trust.leaf.certificate)
-            yield _secret(f"{tls}.key", trust.leaf.key)
+            yield secret_file(f"{FOLDER}/{tls}.key", trust.leaf.key, GROUP)
         elif site.public_roots:
             ca = f"tls/federate/{name}-ca.pem"
             job["tls_config"]["ca_file"] = f"../{ca}"
@@ -465,7 +461,7 @@ def _curl(
         method=method,
         max_seconds=max_seconds,
     )
-    return _secret(f"secrets/{name}.curl", content)
+    return secret_file(f"{FOLDER}/secrets/{name}.curl", content, GROUP)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -21,7 +21,7 @@ _SCALED = re.compile(r"(?<=\bfor: )\d+[sm]$|(?<=\[)\d+[sm](?=\])", re.MULTILINE)
 
 def contents(server: Server) -> dict[str, str]:
     """The rule files of a server, by name."""
-    return {f"{name}.yml": _scaled(name, server) for name in _names(server)}
+    return {name: _scaled(name, server) for name in names(server)}
 
 
 def scaled_milliseconds(written: int, server: Server) -> int:
@@ -30,21 +30,22 @@ def scaled_milliseconds(written: int, server: Server) -> int:
     return written * max(map(milliseconds, intervals)) // WRITTEN_FOR_MS
 
 
-def _names(server: Server) -> list[str]:
-    names = ["host", "prometheus", "server"]
+def names(server: Server) -> list[str]:
+    """Which files of the folder a server has."""
+    chosen = ["host", "prometheus", "server"]
     if isinstance(server, MasterServer):
-        names.append("master")
+        chosen.append("master")
     if isinstance(server, SlaveServer):
-        names.append("slave")
+        chosen.append("slave")
     if server.alerting is not None:
-        names.append("alertmanager")
+        chosen.append("alertmanager")
     if server.acme is not None:
-        names.append("public-certificate")
-    return names
+        chosen.append("public-certificate")
+    return [f"{name}.yml" for name in chosen]
 
 
 def _scaled(name: str, server: Server) -> str:
-    text = (FOLDER / f"{name}.yml").read_text()
+    text = (FOLDER / name).read_text()
     if scaled_milliseconds(WRITTEN_FOR_MS, server) == WRITTEN_FOR_MS:
         return text
     return _SCALED.sub(

@@ -17,7 +17,7 @@ from hostfiles import (
     system,
     watch,
 )
-from hostfiles.files import Check, File, HostFiles
+from hostfiles.files import Check, File, HostFiles, secret_file
 from hostfiles.model import Server, ServerSecrets
 from hostfiles.releases import directory
 from hostfiles.web_config import web_config
@@ -83,17 +83,15 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
     """Keys, passwords and hashes, with the certificates that belong to the keys."""
     return (
         *prometheus.secret_files(server, secrets),
-        File(
-            path=f"{prometheus.FOLDER}/web.yml",
-            content=web_config(
+        secret_file(
+            f"{prometheus.FOLDER}/web.yml",
+            web_config(
                 certificate="tls/prometheus.crt",
                 key="tls/prometheus.key",
                 ca="tls/ca.pem",
                 users=[*nginx.upstream_users(secrets), secrets.local],
             ),
-            group=prometheus.GROUP,
-            mode=0o640,
-            secret=True,
+            prometheus.GROUP,
         ),
         *node_exporter.secret_files(server, secrets),
         *nginx.secret_files(server, secrets),

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,6 +41,8 @@ from sandbox.world import World
 from settings import NAMESPACE, RELEASES
 
 HERE = Path(__file__).resolve().parent.parent
+INTERRUPTED = 130
+STOPPED = "stopped; `make up` goes on where this ended, `make down` removes all"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         _become_root(argv if argv is not None else sys.argv[1:])
         return chosen.run(chosen, console)
     except KeyboardInterrupt:
-        console.print("stopped; `make up` goes on where this ended, `make down` removes all")
-        return 130
+        console.print(STOPPED)
+        return INTERRUPTED
     except Exception as error:
         if not isinstance(error, (SandboxError, pulumi.RunError)) and chosen.trace:
             raise
@@ -142,7 +145,7 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
                 acme.ensure(plan, steps)
             config = world.resolve_given(project.config, plan, given)
             project = replace(project, config=config)
-            changes, state, config, local = _converge(plan, project, given, steps)
+            changes, state, config, local = _converge(plan, project, given, steps, console)
             # For `verify`: what was asked for last, passwords of the user's included.
             state.settings = Secret(dict(config))
             state.save()
@@ -170,9 +173,21 @@ def _wanted(project: Project) -> dict[str, Release]:
 
 
 def _converge(
-    plan: Plan, project: Project, given: World, steps: Steps
+    plan: Plan, project: Project, given: World, steps: Steps, console: Console
 ) -> tuple[Changes, State, Mapping[str, Any], Mapping[str, LocalRelease]]:
     wanted = _wanted(project)
+    cancelled = threading.Event()
+
+    def stop(*_: object) -> None:
+        if cancelled.is_set():
+            # Whoever asks twice waits for no thread. The slot is held until the last has ended.
+            console.print(STOPPED)
+            os._exit(INTERRUPTED)
+        cancelled.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     with ThreadPoolExecutor() as side_by_side:
         fetching = side_by_side.submit(
             releases.ensure_releases,
@@ -209,22 +224,20 @@ def _converge(
         # What a killed run began and could not note down is begun anew.
         aws.forget_all_but({record.id for one in known for record in one.everything})
         started = aws.resume()
-        engine = Engine(state, {}, aws.invoke, steps, partial(stacks.outputs, plan))
+        engine = Engine(state, {}, aws.invoke, steps, partial(stacks.outputs, plan), cancelled)
         engine.providers = {
             "aws": aws,
             "tls": TlsProvider(),
             "random": RandomProvider(),
-            "command": CommandProvider(engine.cancelled, plan.runtime_dir / "ssh"),
+            "command": CommandProvider(cancelled, plan.runtime_dir / "ssh"),
         }
-
-        def stop(*_: object) -> None:
-            engine.cancelled.set()
-            raise KeyboardInterrupt
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        with ReleaseServer(plan):
-            changes = engine.up(replace(project, config=config))
+        try:
+            with ReleaseServer(plan):
+                changes = engine.up(replace(project, config=config))
+        except BaseException:
+            # Only hosts that boot are waited for from here on.
+            cancelled.set()
+            raise
         changes.started = [*hosts.result(), *started]
     return changes, state, config, local
 

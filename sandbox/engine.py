@@ -51,7 +51,8 @@ class Engine:
     """A Backend that keeps state and drives the providers.
 
     `providers` are by package (`aws`, `tls`, …); `functions` answer the program's look-ups;
-    `stacks` tells the outputs of another stack, by its name.
+    `stacks` tells the outputs of another stack, by its name. `cancelled`, once set, lets nothing
+    more begin.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         functions: Callable[[str, Mapping[str, Any]], dict[str, Any]],
         progress: Progress,
         stacks: Callable[[str], Mapping[str, Any]],
+        cancelled: threading.Event,
     ) -> None:
         self._state = state
         self._stacks = stacks
@@ -70,7 +72,7 @@ class Engine:
         self._registered: set[str] = set()
         self._lock = threading.Lock()
         self.changes = Changes()
-        self.cancelled = threading.Event()
+        self.cancelled = cancelled
 
     def up(self, project: Project) -> Changes:
         """Makes the world what the project says; raises what went wrong, with the rest done.

@@ -18,6 +18,11 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 _HEARTBEAT_SECONDS = 10.0
 
 
+def silent(text: str) -> contextlib.AbstractContextManager[None]:
+    """A Progress that shows nothing."""
+    return contextlib.nullcontext()
+
+
 class Steps:
     """A Progress that may be used from several threads; use it as a context manager."""
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -368,20 +367,17 @@ class ToolImage:
 def tool_image(tmp_path_factory: pytest.TempPathFactory) -> ToolImage:
     """The sandbox's base image with nginx, ufw, the pinned release and a host key."""
     from sandbox.image import ensure_image
+    from sandbox.progress import silent
     from sandbox.releases import Pin, ensure_releases, tool
     from settings import RELEASES
 
-    @contextlib.contextmanager
-    def progress(_: str) -> Iterator[None]:
-        yield
-
-    image = ensure_image(progress, installed_packages=("nginx", "ufw"))
+    image = ensure_image(silent, installed_packages=("nginx", "ufw"))
     pins = [
         Pin(name=pin.name, version=pin.version, sha256=pin.sha256, url=pin.url)
         for key, pin in RELEASES.items()
         if key != "oauth2Proxy"
     ]
-    found = ensure_releases(progress, pins)
+    found = ensure_releases(silent, pins)
     layer = tmp_path_factory.mktemp("layer")
     version = found["prometheus"].version
     for program, folder in {

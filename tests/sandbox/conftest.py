@@ -9,7 +9,6 @@ import copy
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -38,15 +37,6 @@ NAMESPACE = "prometheus-federation"
 # which the program knows no address.
 CORES = ("core01", "core02", "core03", "core04")
 NAMED = ("core04",)
-
-
-def pytest_configure() -> None:
-    """Ended by tests/run or a pipeline, a session still takes its sandbox down."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

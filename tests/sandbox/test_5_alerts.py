@@ -434,7 +434,8 @@ def test_a_master_that_can_tell_nobody_is_missed_by_the_dead_mans_switch(
         assert beats(stopped) == {"dublin"}
     finally:
         sandbox.script("master", "systemctl start alertmanager")
-    assert host.wait_until(lambda: beats(stopped) == both, seconds=30)
+    # Prometheus tells an Alertmanager of the same alert once a minute.
+    assert host.wait_until(lambda: beats(stopped) == both, seconds=PATIENCE_SECONDS)
     listener.wait_for_quiet()
 
 

@@ -21,6 +21,7 @@ from playwright.sync_api import BrowserContext, sync_playwright
 
 from sandbox import host, network, providers
 from sandbox.program import plain
+from sandbox.progress import silent
 from settings import RELEASES
 from tests.sandbox.conftest import ROOT, Sandbox
 from tests.sandbox.keyring import Keyring, forge_authority, issue
@@ -106,7 +107,7 @@ def browser(
     with_people: Sandbox, provider: Provider, keys: Keyring, tmp_path: Path
 ) -> Iterator[BrowserContext]:
     """A browser that knows nobody yet. It takes the two servers' own certificates and no other."""
-    host.install(lambda _: contextlib.nullcontext(), {"chromium": str(CHROMIUM)})
+    host.install(silent, {"chromium": str(CHROMIUM)})
     pins = [_pin(keys.leaf("master-nginx").certificate), _pin(provider.certificate)]
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(

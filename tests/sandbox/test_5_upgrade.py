@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from sandbox import releases
+from sandbox.progress import silent
 from sandbox.releases import LocalRelease
 from tests.sandbox.conftest import Sandbox, no_scrape_lost
 
@@ -237,11 +238,7 @@ def test_node_exporter_is_upgraded_everywhere_by_one_setting_and_back(
     everywhere = [*SERVERS, *names]
     pinned = running(sandbox, "core01", "node_exporter")
 
-    @contextlib.contextmanager
-    def progress(_: str) -> Iterator[None]:
-        yield
-
-    other = releases.debian_build(progress, "node_exporter", "trixie")
+    other = releases.debian_build(silent, "node_exporter", "trixie")
     assert pinned != f"node_exporter-{other.version}"
     for chosen, version in (
         ({"nodeExporter": setting(other)}, other.version),

@@ -11,9 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from sandbox import host, machine
+from sandbox.host import wait_until
 from sandbox.plan import RUNTIME_ROOT
-from tests.sandbox.conftest import ROOT, Sandbox
+from tests.sandbox.conftest import CORES, ROOT, Sandbox
 
 
 def traces(sandbox: Sandbox) -> dict[str, list[str]]:
@@ -97,26 +100,48 @@ def test_up_that_was_killed_again_and_again_is_finished_by_the_next(own: Sandbox
     assert "no changes" in own.up()
 
 
-def test_ctrl_c_ends_up_cleanly_and_the_next_one_goes_on(own: Sandbox) -> None:
-    own.set(retentionTime="29d")
-    with subprocess.Popen(
+def in_a_terminal(own: Sandbox) -> subprocess.Popen[str]:
+    """`up`, which Ctrl-C reaches: a shell has that ignored in the background, where tests/run
+    starts these tests."""
+    return subprocess.Popen(
         own.arguments("up"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # As from a terminal: tests/run starts these tests in the background, where a shell has
-        # Ctrl-C ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        time.sleep(2.5)
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
+    )
+
+
+def stopped(process: subprocess.Popen[str], seconds: float) -> None:
+    printed, _ = process.communicate(timeout=seconds)
     assert process.returncode == 130, printed
     assert "Traceback" not in printed
     assert "make down" in printed
+
+
+def test_ctrl_c_ends_up_cleanly_and_the_next_one_goes_on(own: Sandbox) -> None:
+    own.set(retentionTime="29d")
+    with in_a_terminal(own) as process:
+        time.sleep(2.5)
+        process.send_signal(signal.SIGINT)
+        stopped(process, 60)
     own.up()
     assert "retention.time=29d" in own.inside("master", "pgrep", "-af", "prometheus-")
+
+
+def test_a_second_ctrl_c_waits_for_nothing(own: Sandbox) -> None:
+    for name in CORES:
+        machine.stop(own.plan, name, seconds=0)
+    with in_a_terminal(own) as process:
+        assert wait_until(lambda: machine.is_running(own.plan, CORES[0]), seconds=60)
+        process.send_signal(signal.SIGINT)
+        # Hosts that boot are waited for, the slot held.
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=0.3)
+        process.send_signal(signal.SIGINT)
+        stopped(process, 1)
+    assert "Proof of federation" in own.up()
 
 
 def test_down_after_a_kill_in_the_middle_of_up_leaves_nothing(own: Sandbox) -> None:

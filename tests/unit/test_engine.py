@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import textwrap
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from sandbox import providers
 from sandbox.engine import Engine, ProtectedError
 from sandbox.program import Project, Resource, ResourcesFailedError, Secret, read_project
+from sandbox.progress import silent
 from sandbox.providers import Inputs, Outputs, Provider
 from sandbox.state import State
 
@@ -67,13 +67,14 @@ class World:
         return str(self.engine().up(project))
 
     def engine(self) -> Engine:
-        @contextlib.contextmanager
-        def silent(text: str) -> Iterator[None]:
-            yield
-
         state = State.load(self.folder / "state.json")
         return Engine(
-            state, {"aws": self.provider}, lambda token, args: {}, silent, lambda name: {}
+            state,
+            {"aws": self.provider},
+            lambda token, args: {},
+            silent,
+            lambda name: {},
+            threading.Event(),
         )
 
     def told(self) -> list[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,8 @@ from sandbox.image import Image
 from sandbox.network import Fabric, NetworkModel
 from sandbox.plan import Plan
 from sandbox.program import Resource
+from sandbox.progress import silent
 from sandbox.world import load_world, with_world
-
-
-@contextlib.contextmanager
-def silent(text: str) -> Iterator[None]:
-    yield
 
 
 @pytest.fixture
