@@ -52,22 +52,23 @@ _LEFT_OUT = (
 def user_data(host: HostFiles, *, first_contact_key: str, first_contact_public: str) -> bytes:
     """A gzipped #cloud-config of at most 16,384 bytes.
 
-    What does not fit is left out, backups, alerts and what grows with the settings first: the
-    first bundle brings it anyway, and no service starts before.
+    What does not fit is left out, backups and what grows with the settings first: the first
+    bundle brings it anyway, and no service starts before.
     """
     secret = [file.path for file in host.files if file.secret]
     if secret:
         raise ValueError(f"secret files must not enter user-data: {', '.join(secret)}")
+    known = {file.path: file for file in (*host.files, *host.first_boot)}
     data = b""
     for count in range(len(_LEFT_OUT) + 1):
         left_out = tuple(path for paths in (_NEVER, *_LEFT_OUT[:count]) for path in paths)
-        files = [file for file in host.files if not file.path.startswith(left_out)]
+        files = [file for file in known.values() if not file.path.startswith(left_out)]
         data = _compress(_config(host, files, first_contact_key, first_contact_public))
         if len(data) <= LIMIT:
             return data
     raise ValueError(
-        f"user-data has {len(data)} bytes, EC2 takes {LIMIT}; the firewall table is what grows "
-        "with the settings, so name fewer networks"
+        f"user-data has {len(data)} bytes, EC2 takes {LIMIT}; operatorCidrs and packageCidrs are "
+        "what grows with the settings, so name fewer networks"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hostfiles.model import Release
 
@@ -59,20 +59,18 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class HostFiles:
-    """Everything that makes a machine one of ours."""
+    """Everything that makes a machine one of ours.
+
+    `first_boot` are files as they are until the first bundle, in the place of those of `files`.
+    """
 
     files: tuple[File, ...]
     checks: tuple[Check, ...]
     units: tuple[Unit, ...]
     releases: tuple[Release, ...]
     packages: tuple[str, ...]
+    first_boot: tuple[File, ...] = ()
 
     def with_files(self, more: tuple[File, ...]) -> HostFiles:
         """The same host with more files, as when the secret ones join the others."""
-        return HostFiles(
-            files=(*self.files, *more),
-            checks=self.checks,
-            units=self.units,
-            releases=self.releases,
-            packages=self.packages,
-        )
+        return replace(self, files=(*self.files, *more))

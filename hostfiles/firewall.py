@@ -23,6 +23,11 @@ ANYWHERE = "0.0.0.0/0"
 TIME_CIDR = "169.254.169.123/32"
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
 METADATA_CIDR = "169.254.169.254/32"
+# What the names of rules begin with that a first boot needs.
+_FIRST_BOOT = (
+    *("ssh-", "out-http-", "out-https-", "out-dns-"),
+    *("out-dhcp", "out-ntp", "out-metadata"),
+)
 
 USER_RULES = "/etc/ufw/user.rules"
 USER6_RULES = "/etc/ufw/user6.rules"
@@ -113,21 +118,31 @@ def master_rules(
     )
 
 
+def first_boot_files(rules: Sequence[Rule]) -> tuple[File, ...]:
+    """The table until the first bundle: its rules that do not grow with the settings' hosts.
+
+    In by SSH, out for packages, names and the time; nothing listens or asks for more before.
+    """
+    return _tables([rule for rule in rules if rule.name.startswith(_FIRST_BOOT)])
+
+
 def files(rules: Sequence[Rule]) -> tuple[File, ...]:
     """The table as ufw writes it itself, so that `ufw status` shows it."""
     return (
         File(path=CONFIG, content=render("ufw/ufw.conf.j2")),
-        File(
-            path=USER_RULES,
-            content=render("ufw/user.rules.j2", ufw="ufw", rules=[_tuple(r) for r in rules]),
-            mode=0o640,
-        ),
-        File(
-            path=USER6_RULES,
-            content=render("ufw/user.rules.j2", ufw="ufw6", rules=[]),
-            mode=0o640,
-        ),
+        *_tables(rules),
         File(path=DROP_IN, content=render("systemd/ufw.conf.j2")),
+    )
+
+
+def _tables(rules: Sequence[Rule]) -> tuple[File, ...]:
+    return tuple(
+        File(
+            path=path,
+            content=render("ufw/user.rules.j2", ufw=ufw, rules=[_tuple(r) for r in of]),
+            mode=0o640,
+        )
+        for path, ufw, of in ((USER_RULES, "ufw", rules), (USER6_RULES, "ufw6", ()))
     )
 
 

@@ -76,6 +76,7 @@ def host_files(server: Server) -> HostFiles:
             *([server.alerting.release] if server.alerting else []),
         ),
         packages=PACKAGES,
+        first_boot=firewall.first_boot_files(server.rules),
     )
 
 

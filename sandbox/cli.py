@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hostfiles.model import Release
-from sandbox import acme, host, image, machine, releases, snapshots, stacks, world
+from sandbox import acme, hashes, host, image, machine, releases, snapshots, stacks, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
 from sandbox.engine import Changes, Engine
@@ -133,10 +133,11 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
         )
     given = world.load_world(chosen.world)
     plan = _plan(chosen)
-    # Wrong settings are told before anything is built, installed or touched.
-    checked = world.resolve_given(project.config, plan, given, stand_ins=True)
-    evaluate(replace(project, config=checked), Recorder(partial(stacks.outputs, plan)))
-    with Steps(console) as steps:
+    with hashes.remembered(stacks.hashes(plan, project.stack)) as asked, Steps(console) as steps:
+        # Wrong settings are told before anything is built, installed or touched.
+        checked = world.resolve_given(project.config, plan, given, stand_ins=True)
+        with steps("Checking the settings"):
+            evaluate(replace(project, config=checked), Recorder(partial(stacks.outputs, plan)))
         host.prepare(steps)
         with hold(plan, take_over=True):
             if given.acme:
@@ -145,7 +146,7 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
                 acme.ensure(plan, steps)
             config = world.resolve_given(project.config, plan, given)
             project = replace(project, config=config)
-            changes, state, config, local = _converge(plan, project, given, steps, console)
+            changes, state, config, local = _converge(plan, project, given, asked, steps, console)
             # For `verify`: what was asked for last, passwords of the user's included.
             state.settings = Secret(dict(config))
             state.save()
@@ -173,7 +174,12 @@ def _wanted(project: Project) -> dict[str, Release]:
 
 
 def _converge(
-    plan: Plan, project: Project, given: World, steps: Steps, console: Console
+    plan: Plan,
+    project: Project,
+    given: World,
+    asked: dict[str, str],
+    steps: Steps,
+    console: Console,
 ) -> tuple[Changes, State, Mapping[str, Any], Mapping[str, LocalRelease]]:
     wanted = _wanted(project)
     cancelled = threading.Event()
@@ -220,6 +226,7 @@ def _converge(
         hosts = side_by_side.submit(world.ensure_hosts, plan, given, steps)
         aws = AwsProvider(plan, given, fabric, base, steps)
         state = stacks.load(plan, project.stack)
+        state.hashes = Secret(asked)
         known = {**stacks.every(plan), project.stack: state}.values()
         # What a killed run began and could not note down is begun anew.
         aws.forget_all_but({record.id for one in known for record in one.everything})

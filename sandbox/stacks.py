@@ -27,6 +27,11 @@ def load(plan: Plan, stack: str) -> State:
     return State.load(folder(plan, stack) / "state.json")
 
 
+def hashes(plan: Plan, stack: str) -> dict[str, str]:
+    """What bcrypt made of a stack's passwords. Nothing is written where there is no state yet."""
+    return dict(load(plan, stack).hashes.value) if stack in every(plan) else {}
+
+
 def every(plan: Plan) -> dict[str, State]:
     """The states of all stacks that were ever brought up, by name."""
     others = sorted(path.parent.name for path in (plan.state_dir / "stacks").glob("*/state.json"))

@@ -50,6 +50,8 @@ class State:
     condemned: list[Record] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)
     settings: Secret = field(default_factory=lambda: Secret({}))
+    # What bcrypt made of which password (sandbox.hashes).
+    hashes: Secret = field(default_factory=lambda: Secret({}))
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
@@ -65,6 +67,7 @@ class State:
                 state.records = {urn: Record(**record) for urn, record in known["records"].items()}
                 state.condemned = [Record(**record) for record in known["condemned"]]
                 state.outputs, state.settings = known["outputs"], known["settings"]
+                state.hashes = known["hashes"]
             except (KeyError, TypeError):
                 raise SandboxError(
                     f"{path} was written by another version of the sandbox.",
@@ -103,6 +106,7 @@ class State:
                 "condemned": [_fields(record) for record in self.condemned],
                 "outputs": self.outputs,
                 "settings": self.settings,
+                "hashes": self.hashes,
             }
             fresh = self.path.with_suffix(".new")
             fresh.touch(mode=0o600)

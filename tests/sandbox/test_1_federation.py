@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,20 @@ def test_the_slave_s_name_resolves_from_the_record_that_the_program_registered(
 def test_private_names_are_known_inside_their_network_only(sandbox: Sandbox) -> None:
     assert "10.20.1.11" in sandbox.inside("dublin", "getent", "hosts", "core01.example.internal")
     assert sandbox.inside("master", "getent", "hosts", "core01.example.internal", check=False) == ""
+
+
+def test_a_busy_computer_hardly_slows_its_machines(sandbox: Sandbox) -> None:
+    busy = "end=$((SECONDS+2)); while [ $SECONDS -lt $end ]; do :; done"
+    measure = f"TIMEFORMAT=%U; time ({busy})"
+    with contextlib.ExitStack() as others:
+        for _ in range(8):
+            hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            others.callback(hog.wait)
+            others.callback(hog.kill)
+        # Of the machine's own processes, with its limits.
+        run = ("systemd-run", "--wait", "--pipe", "--quiet", "bash", "-c", measure)
+        seconds = float(sandbox.inside("core01", *run).split()[-1])
+    assert seconds > 1, "of two, one processor's"
 
 
 def test_a_second_up_touches_nothing_and_says_so(sandbox: Sandbox) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bcrypt
 import pytest
 import yaml
 
 from components import credentials
+from sandbox import hashes
 from sandbox.program import Project, evaluate, read_project
 from sandbox.recorder import Recorder
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "prometheus-federation"
-
-_hashpw = functools.cache(bcrypt.hashpw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +48,11 @@ def dev() -> Evaluated:
     return run_program()
 
 
-@pytest.fixture(autouse=True)
-def hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def hashed_once() -> Iterator[None]:
     """The recorder gives the same passwords every time: each costs its hash once a session."""
-    monkeypatch.setattr(bcrypt, "hashpw", _hashpw)
+    with hashes.remembered({}):
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pulumi
 import pytest
+import yaml
 
 from sandbox import providers
 from sandbox.program import Resource, Secret, evaluate, plain
@@ -182,6 +183,29 @@ def test_user_data_fits_and_is_a_cloud_config(
         raw = base64.b64decode(plain(instance.inputs["userDataBase64"]))
         assert len(raw) <= USER_DATA_LIMIT
         assert gzip.decompress(raw).startswith(b"#cloud-config\n")
+
+
+def test_user_data_does_not_grow_with_the_hosts_that_a_slave_scrapes(
+    slaves: Callable[[int], list[dict[str, Any]]],
+) -> None:
+    (slave,) = slaves(1)
+    targets = [f"10.20.{n // 200}.{n % 200 + 10}:9100" for n in range(600)]
+    slave["jobs"] = [{"name": "fleet", "targets": targets}]
+    evaluated = run_program(slaves=[slave])
+    instance = evaluated.recorder.one(providers.INSTANCE, "slave-site0-1")
+    raw = base64.b64decode(plain(instance.inputs["userDataBase64"]))
+    assert len(raw) <= USER_DATA_LIMIT
+    written = {f["path"]: f for f in yaml.safe_load(gzip.decompress(raw))["write_files"]}
+    first = written["/etc/ufw/user.rules"]["content"]
+    whole = bundle_files(evaluated, "slave-site0")["/etc/ufw/user.rules"]["content"]
+    assert "10.20.2.209" in whole
+    assert "10.20." not in first.replace("10.20.0.0/16", "")
+    # What is there at first is there afterwards, too: in by SSH, out for packages and names.
+    rules = [line for line in first.splitlines() if line.startswith("-A")]
+    assert rules
+    assert set(rules) < set(whole.splitlines())
+    for port in (22, 80, 443, 53, 123):
+        assert f"--dport {port} " in first
 
 
 def test_outputs_derived_from_secrets_are_secret(dev: Evaluated) -> None:
