@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.sandbox.conftest import Sandbox
-from tests.sandbox.test_6_interrupted import Step, silenced
+from tests.sandbox.test_6_interrupted import Step, leaves_and_exporter_password, silenced
 
 LIMIT_SECONDS = 90
 
@@ -18,7 +18,8 @@ def test_silence_in_the_middle_of_a_delivery(
     fresh.up()
     rows: dict[str, str] = {}
     for name, way in (("dublin", "directly"), ("core01", "through its slave")):
-        seconds = silenced(fresh, Step("swap", host=name), tmp_path)
+        step = Step("swap", host=name)
+        seconds = silenced(fresh, leaves_and_exporter_password, step, tmp_path)
         rows[f"`up` told of it, to a host that it reaches {way}"] = f"{seconds:.0f} s"
         assert seconds < LIMIT_SECONDS
     rows["the next `up`"] = "finished; what services read was whole all the while"
