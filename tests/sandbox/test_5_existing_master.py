@@ -306,8 +306,8 @@ def test_killed_at_its_steps_its_file_is_old_or_new_and_the_next_up_finishes(hub
     assert query(sandbox, 'up{job="federate",site="dublin"} == 1')
     assert "no changes" in deliver(sandbox, delivery).stdout
 
-    sandbox.set(existingMaster={})
-    sandbox.up()
+    sandbox.script(HUB, existing_master.remove(delivery["owner"]))
+    sandbox.forget(existing_master.NAME)
     assert sandbox.script(HUB, SNAPSHOT) == bare
     no_scrape_missed(sandbox, began)
 

@@ -15,6 +15,7 @@ from hostfiles import monitored_host
 from sandbox import providers
 from sandbox.host import wait_until
 from sandbox.program import plain
+from sandbox.releases import ReleaseServer
 from sandbox.world import USER
 from tests.sandbox.conftest import Sandbox
 from tests.sandbox.test_6_interrupted import Step, killed_at
@@ -323,7 +324,9 @@ def test_a_host_is_left_exactly_as_it_was_however_often_both_ways_were_killed(
             killed_at(sandbox, step, "sh", "-c", shell, stdin=stdin)
 
     assert "removed" in sandbox.script(name, remove)
-    kill(INSTALL_STEPS, monitored_host.INSTALL, delivery)
+    # Where `up` serves the exporter's release from, too.
+    with ReleaseServer(sandbox.plan):
+        kill(INSTALL_STEPS, monitored_host.INSTALL, delivery)
     sandbox.forget(f"slave-dublin-{host['host']}")
     sandbox.up()
     ask(sandbox, f'up{{{JOB},instance="{host["host"]}:9100"}} == 1')

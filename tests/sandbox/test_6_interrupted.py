@@ -98,12 +98,12 @@ class Step:
 @contextlib.contextmanager
 def armed(sandbox: Sandbox, step: Step) -> Iterator[None]:
     """While the block runs, whoever comes to the step on its host stops there."""
-    sandbox.inside(step.host, "tee", f"{HOOK}.py", stdin=step.hook)
-    sandbox.inside(step.host, "tee", f"{HOOK}.pth", stdin="import stop_at\n")
+    write = f"cat >{HOOK}.py; echo import stop_at >{HOOK}.pth"
+    sandbox.inside(step.host, "bash", "-c", write, stdin=step.hook)
     try:
         yield
     finally:
-        sandbox.inside(step.host, "rm", f"{HOOK}.pth", f"{HOOK}.py")
+        sandbox.script(step.host, f"rm -r {HOOK}.pth {HOOK}.py $(dirname {HOOK})/__pycache__")
 
 
 def killed_at(sandbox: Sandbox, step: Step, *argv: str, stdin: str | None = None) -> str:
