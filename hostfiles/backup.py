@@ -14,8 +14,10 @@ PROGRAM = "/usr/local/sbin/backup-data"
 RESTORE = "/usr/local/sbin/restore-data"
 SERVICE = "/etc/systemd/system/prometheus-backup.service"
 TIMER = "/etc/systemd/system/prometheus-backup.timer"
+# Holds Prometheus back while its database is half of one.
+RESTORING = "/etc/systemd/system/prometheus.service.d/restore.conf"
 # All that is not needed before the first bundle.
-PATHS = (PROGRAM, RESTORE, SERVICE, TIMER)
+PATHS = (PROGRAM, RESTORE, SERVICE, TIMER, RESTORING)
 # Of the textfile that tells of the last backup. Also in prometheus.service, which makes it.
 METRICS = "/var/lib/prometheus-backup"
 INTERVAL_METRIC = "federation_backup_interval_seconds"
@@ -37,6 +39,7 @@ def files(server: Server) -> tuple[File, ...]:
                 max_age_days=server.backup.max_age_days,
             ),
         ),
+        File(path=RESTORING, content=(FOLDER / "systemd/prometheus-restore.conf").read_text()),
         # So that an alert knows how old a backup may be.
         File(
             path=f"{certificates.FOLDER}/backup.prom",

@@ -14,20 +14,22 @@ import yaml
 from hostfiles import prometheus
 from hostfiles.duration import milliseconds
 from hostfiles.model import ExistingMaster, ExistingMasterSecrets
-from hostfiles.remote_program import AS_ROOT, install_command
+from hostfiles.remote_program import install_command, remove_command
 from hostfiles.templates import FOLDER
 
 # existing-master refuses another number.
 FORMAT = 1
 NAME = "existing-master"
 PROGRAM = f"/opt/federation-master/bin/{NAME}"
+# What is left of it by a removal that was killed at its end.
+ASIDE = "/opt/.federation-master"
 
 INSTALL = install_command(NAME, '["program"]')
 
 
 def remove(owner: str) -> str:
     """The command that leaves the host as it was."""
-    return f"{AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo python3 {PROGRAM} remove {owner}"
+    return remove_command(f"python3 {PROGRAM} remove {owner}", PROGRAM, ASIDE)
 
 
 def delivery(master: ExistingMaster, secrets: ExistingMasterSecrets) -> str:

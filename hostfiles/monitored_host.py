@@ -11,12 +11,14 @@ from hostfiles import bundle, certificates, node_exporter
 from hostfiles.files import Check, File, HostFiles
 from hostfiles.model import MonitoredHost, MonitoredHostSecrets
 from hostfiles.releases import directory
-from hostfiles.remote_program import AS_ROOT, install_command
+from hostfiles.remote_program import install_command, remove_command
 from hostfiles.templates import FOLDER, render
 
 # monitored-host refuses another number.
 FORMAT = 1
 PROGRAM = "/opt/federation/bin/monitored-host"
+# What is left of it by a removal that was killed at its end.
+ASIDE = "/opt/.federation"
 _PROGRAMS = ("monitored-host", "apply-bundle", "install-release")
 
 INSTALL = install_command("monitored-host", '["programs"]["monitored-host"]')
@@ -24,7 +26,7 @@ INSTALL = install_command("monitored-host", '["programs"]["monitored-host"]')
 
 def remove(owner: str) -> str:
     """The command that leaves the host as it was."""
-    return f"{AS_ROOT}[ ! -x {PROGRAM} ] || exec $sudo {PROGRAM} remove {owner}"
+    return remove_command(f"{PROGRAM} remove {owner}", PROGRAM, ASIDE)
 
 
 def delivery(host: MonitoredHost, secrets: MonitoredHostSecrets) -> str:

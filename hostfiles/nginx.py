@@ -107,9 +107,10 @@ CHECKS = (
             "/usr/sbin/nginx",
             "-t",
             "-q",
-            # A check shall not touch the pid file of the one that runs.
+            # A check shall not touch the pid file of the one that runs. It runs as root and gives
+            # the folders of answers that are taken slowly to `user`: nginx's own must write there.
             "-g",
-            "pid /run/nginx-check.pid;",
+            f"user {GROUP}; pid /run/nginx-check.pid;",
             "-c",
             f"{{tree}}{CONFIG}",
         ),

@@ -16,3 +16,11 @@ def install_command(name: str, source: str) -> str:
         '{"__name__": "__main__", "delivery": d})'
     )
     return f"{AS_ROOT}exec $sudo python3 -c '{loader}' install"
+
+
+def remove_command(call: str, program: str, aside: str) -> str:
+    """Calls the delivered program to undo what it did. Where it is gone, so is all but `aside`."""
+    return (
+        f"{AS_ROOT}if [ -x {program} ]; then exec $sudo {call}; "
+        f"elif [ -e {aside} ]; then exec $sudo rm -rf {aside}; fi"
+    )

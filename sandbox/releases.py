@@ -72,6 +72,11 @@ _GO = {
         programs={"prometheus": "/cmd/prometheus", "promtool": "/cmd/promtool"},
         stamp="github.com/prometheus/common/version.Version",
     ),
+    "alertmanager": _GoModule(
+        path="github.com/prometheus/alertmanager",
+        programs={"alertmanager": "/cmd/alertmanager", "amtool": "/cmd/amtool"},
+        stamp="github.com/prometheus/common/version.Version",
+    ),
     "oauth2-proxy": _GoModule(
         path="github.com/oauth2-proxy/oauth2-proxy/v7",
         programs={"oauth2-proxy": ""},
@@ -164,12 +169,6 @@ def go_build(name: str, version: str) -> dict[str, Path]:
     module = _GO[name]
     folder = RELEASES_DIR / f"built-{name}-{version}"
     if not folder.exists():
-        path = f"{os.environ['PATH']}:{_GO_BIN}"
-        if not shutil.which("go", path=path):
-            raise SandboxError(
-                f"{name} {version} is out of reach, and there is no Go to build it.",
-                "Connect this machine to the internet, or install Go: https://go.dev/doc/install",
-            )
         work = folder.with_name(f"tmp-{folder.name}")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -177,17 +176,32 @@ def go_build(name: str, version: str) -> dict[str, Path]:
         build = ["build", "-mod=mod", "-trimpath", "-ldflags", stamp]
         for arguments in (
             ["mod", "init", "built"],
-            ["get", f"{module.path}@{_module_version(name, version)}"],
+            ["get", f"{module.path}@{module_version(name, version)}"],
             *([*build, "-o", file, module.path + at] for file, at in module.programs.items()),
         ):
-            environment = {**os.environ, "PATH": path, "CGO_ENABLED": "0"}
-            argv = kill_with_parent(["go", "-C", work, *arguments])
-            run(argv, env=environment, timeout=1800)
+            go(work, *arguments)
         work.rename(folder)
     return {file: folder / file for file in module.programs}
 
 
-def _module_version(name: str, version: str) -> str:
+def go(folder: Path, *arguments: str | Path) -> str:
+    """Run this machine's Go in a folder and return what it printed.
+
+    Raises SandboxError where there is no Go, or it fails.
+    """
+    path = f"{os.environ['PATH']}:{_GO_BIN}"
+    if not shutil.which("go", path=path):
+        raise SandboxError(
+            "A release is out of reach, and there is no Go to build it.",
+            "Connect this machine to the internet, or install Go: https://go.dev/doc/install",
+        )
+    environment = {**os.environ, "PATH": path, "CGO_ENABLED": "0"}
+    argv = kill_with_parent(["go", "-C", folder, *arguments])
+    return run(argv, env=environment, timeout=1800).stdout
+
+
+def module_version(name: str, version: str) -> str:
+    """The version of a program's Go module."""
     if name != "prometheus":
         return f"v{version}"
     # Prometheus's module is at 0.<major><minor, two digits>.<patch>.

@@ -313,6 +313,27 @@ def test_a_second_run_waits_for_the_first(applied: Host) -> None:
     assert "changed /etc/demo/b" in done.stdout
 
 
+def test_a_second_run_that_has_waited_long_enough_is_refused_by_the_name_of_the_first(
+    applied: Host,
+) -> None:
+    patient = (FOLDER / "apply-bundle").read_text()
+    assert patient.count("LOCK_SECONDS = 300\n") == 1
+    program = patient.replace("LOCK_SECONDS = 300\n", "LOCK_SECONDS = 1\n")
+    applied.root.write("/usr/local/sbin/apply-bundle", program, 0o755)
+    applied.root.write("/stub/bundle", json.dumps(bundle(a="good 1", b="2")))
+    applied.root.write("/stub/a-bundle", json.dumps(bundle(a="good 1", b="3")))
+    # The first waits in what it runs.
+    applied.root.write("/stub/grep", "#!/bin/sh\nsleep 4\n", 0o755)
+    script = (
+        "apply-bundle </stub/a-bundle & echo $!; sleep 1; apply-bundle </stub/bundle; echo $?; wait"
+    )
+    done = applied.root.run(["sh", "-c", script])
+    first, status, *_ = done.stdout.split()
+    assert status == "1"
+    assert f"process {first} is applying a bundle already" in done.stderr
+    assert applied.cat("/etc/demo/b") == "3"
+
+
 def released(*versions: str, a: str = "good 1") -> dict[str, Any]:
     """A bundle whose program `demo` is of the last of these versions."""
     release = {"name": "demo", "version": versions[-1], "url": "file:///none", "sha256": "0"}

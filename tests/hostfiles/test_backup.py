@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import itertools
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,7 +60,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     def curl(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert argv == ["curl", "--config", "/etc/prometheus/secrets/snapshot.curl"]
-        name = f"{(now + timedelta(seconds=next(counter))).strftime(module.FORMAT)}-abc"
+        made = now + timedelta(seconds=next(counter))
+        name = f"{made.strftime(module.FORMAT)}-{os.getpid()}"
         (tmp_path / "snapshots" / name).mkdir()
         (tmp_path / "snapshots" / name / "block").write_text("x" * 100)
         answer = json.dumps({"status": "success", "data": {"name": name}})
@@ -132,3 +136,52 @@ def test_what_killed_runs_left_is_removed(program: ModuleType, tmp_path: Path) -
     program.main(3, 7)
     assert len(names(tmp_path)) == 1
     assert not list((tmp_path / "snapshots").iterdir())
+
+
+KILLED = 9
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree"}
+
+
+def killed_before(program: ModuleType, number: int) -> int:
+    """Runs it in a process that ends before its change of so high a number. Its exit status."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    count = itertools.count(1)
+
+    def before(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_ACCMODE
+        if (event in CHANGES or writes) and next(count) == number:
+            os._exit(KILLED)
+
+    status = 1
+    try:
+        sys.addaudithook(before)
+        program.main(2, 7)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_killed_before_any_of_its_changes_what_has_a_name_is_whole_and_the_next_run_finishes(
+    program: ModuleType, tmp_path: Path
+) -> None:
+    def backups() -> list[Path]:
+        there = [path for path in (tmp_path / "backups").iterdir() if path.name[0] != "."]
+        for path in there:
+            assert (path / "block").read_text() == "x" * 100, number
+        return there
+
+    number, status = 0, KILLED
+    program.main(2, 7)
+    program.main(2, 7)
+    while status == KILLED:
+        number += 1
+        status = killed_before(program, number)
+        assert backups()
+        program.main(2, 7)
+        assert len(backups()) == 2
+        assert names(tmp_path) == sorted(path.name for path in backups()), "no rest"
+        assert not list((tmp_path / "snapshots").iterdir())
+        assert "federation_backup_count 2\n" in (tmp_path / "backup.prom").read_text()
+    assert status == 0, "it came to its end, and there was nothing more to be killed before"
+    assert number > 10, "there is so much to do"

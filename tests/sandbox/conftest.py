@@ -22,12 +22,12 @@ from urllib.parse import urlencode
 import pytest
 import yaml
 
-from sandbox import host, machine, network, stacks
+from sandbox import host, machine, network, providers, stacks
 from sandbox.network import Fabric
 from sandbox.plan import Plan
 from sandbox.program import plain
 from sandbox.proof import MasterApi, Sample
-from sandbox.state import State
+from sandbox.state import Record, State
 from tests.sandbox.keyring import Keyring
 from tests.sandbox.probe import Client, Door, Request, ask
 
@@ -132,6 +132,23 @@ class Sandbox:
     def outputs(self) -> Mapping[str, Any]:
         """The stack's outputs, secrets unwrapped."""
         return plain(self.state.outputs)
+
+    def sent(self, command: str) -> dict[str, Any]:
+        """What a remote command of the program's was given last, the connection included."""
+        return plain(self._command(self.state, command).inputs)
+
+    def forget(self, command: str) -> None:
+        """The next `up` runs that remote command as if it never had."""
+        state = self.state
+        state.forget(self._command(state, command))
+
+    def _command(self, state: State, name: str) -> Record:
+        (found,) = (
+            record
+            for record in state.records.values()
+            if record.type == providers.COMMAND and record.name == name
+        )
+        return found
 
     @property
     def master(self) -> MasterApi:

@@ -252,3 +252,11 @@ def test_an_upgrade_of_nginx_s_own_package_leaves_it_with_our_configuration(
     assert ":80 " not in listening
     # And federation goes on, which is also how the next test wants to find it.
     sandbox.wait(f'timestamp(up{{job="federate"}} == 1) > {time.time()}')
+
+
+def test_nginx_can_put_aside_what_a_client_takes_slowly(sandbox: Sandbox) -> None:
+    # Where it can not, an answer beyond its buffers is cut off.
+    for server in ("master", "dublin"):
+        owner = sandbox.script(server, "stat --format=%U /var/lib/nginx/proxy").strip()
+        unit = sandbox.script(server, "systemctl show -P User nginx").strip()
+        assert owner == unit, server

@@ -6,238 +6,52 @@ caused side by side and waited for once.
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Iterator
 
 import pytest
 
 from sandbox import host, network
-from sandbox.plan import NETNS_DIR
-from tests.sandbox import receivers
-from tests.sandbox.conftest import ROOT, Sandbox
-from tests.sandbox.keyring import Keyring, forge_authority, issue
+from tests.sandbox.conftest import Sandbox
+from tests.sandbox.keyring import Keyring
+from tests.sandbox.notified import (
+    ALERTMANAGER,
+    CERTIFICATES,
+    CHANGED,
+    FEDERATE,
+    HOOK,
+    PASSWORD,
+    PATIENCE_SECONDS,
+    PROMETHEUS,
+    SERVERS,
+    STRANGER,
+    TOKEN,
+    Fault,
+    Listener,
+    caused,
+    changed_by_hand,
+    listening,
+    on,
+    put_back,
+    reload,
+)
 from tests.sandbox.probe import Door, Request, ask
-
-INTERVAL_SECONDS = 2
-PATIENCE_SECONDS = 120
-# The machines have this machine's clock, whoever keeps that.
-OF_THIS_MACHINE = "HostClockNotSynchronised"
-TOKEN, PASSWORD, HOOK = "canary-token-canary", "canary-password-canary", "canary-hook-canary"
-SERVERS = {
-    "prometheus-master.example.com": "master",
-    "prometheus-slave.example.com": "dublin",
-}
-FILES = {
-    "prometheus.yml": "/etc/prometheus/prometheus.yml",
-    "federate": "/etc/prometheus/federate.d/dublin.yml",
-    "certificates": "/etc/node_exporter/textfile/certificates.prom",
-    "alertmanager.yml": "/etc/alertmanager/alertmanager.yml",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """One alert of one notification; `server` is whose Alertmanager told it."""
-
-    at: float
-    receiver: str
-    server: str
-    status: str
-    labels: Mapping[str, str]
-    text: str
-
-    @property
-    def alert(self) -> str:
-        return self.labels["alertname"]
-
-
-class Listener:
-    """The receivers, and what they were told so far."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-
-    @property
-    def told(self) -> list[Told]:
-        lines = map(json.loads, self._log.read_text().splitlines())
-        return [
-            Told(server=SERVERS[urlsplit(line.pop("url")).hostname], **line)
-            for line in lines
-            if "url" in line
-        ]
-
-    def fired(self, receiver: str, since: float) -> set[tuple[str, str]]:
-        """Alerts, and whose, of which a receiver was told that they fire."""
-        return {
-            (one.alert, one.server)
-            for one in self.told
-            if (one.receiver, one.status) == (receiver, "firing") and one.at >= since
-        }
-
-    @property
-    def firing(self) -> set[tuple[str, str]]:
-        """Those of which the team was not yet told that they are over."""
-        last = {
-            (one.server, *sorted(one.labels.items())): one
-            for one in self.told
-            if one.receiver == "team"
-        }
-        return {
-            (one.alert, one.server)
-            for one in last.values()
-            if one.status == "firing" and one.alert != OF_THIS_MACHINE
-        }
-
-    def wait(self, receiver: str, since: float, wanted: set[tuple[str, str]]) -> None:
-        """Until a receiver was told of all these."""
-        host.wait_until(
-            lambda: wanted <= self.fired(receiver, since), seconds=PATIENCE_SECONDS, step=1
-        )
-        assert wanted - self.fired(receiver, since) == set()
-
-    def wait_for_quiet(self) -> None:
-        """Until nothing fires any more."""
-        host.wait_until(lambda: not self.firing, seconds=PATIENCE_SECONDS, step=1)
-        assert self.firing == set()
 
 
 @pytest.fixture(scope="module")
 def listener(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listener]:
-    """Receivers on the internet, and the shared sandbox with notifications to them."""
-    namespace = sandbox.stranger("receivers")
-    address = network.address_of(namespace)
-    authority = forge_authority()
-    leaf = issue("receivers.example.net", authority, address=address)
-    log = tmp_path_factory.mktemp("told") / "log"
+    """The shared sandbox with notifications, and who gets them."""
     before = {key: sandbox.config.get(f"prometheus-federation:{key}") for key in CHANGED}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [
-                *("nsenter", f"--net={NETNS_DIR / namespace}"),
-                *(sys.executable, "-m", receivers.__name__),
-            ],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            text=True,
-        )
-        try:
-            assert process.stdin is not None
-            order = {"certificate": leaf.certificate, "key": leaf.key}
-            order |= {"token": TOKEN, "password": PASSWORD}
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            assert host.wait_until(lambda: "listening" in log.read_text(), seconds=20)
-            sandbox.set(
-                scrapeInterval=f"{INTERVAL_SECONDS}s",
-                evaluationInterval=f"{INTERVAL_SECONDS}s",
-                alerting=_alerting(address, authority.certificate),
-            )
-            sandbox.up()
-            yield Listener(log)
-        finally:
-            process.terminate()
-            process.wait()
+    with listening(sandbox, tmp_path_factory.mktemp("told")) as told:
+        yield told
     for key, value in before.items():
         if value is None:
             sandbox.config.pop(f"prometheus-federation:{key}")
         else:
             sandbox.set(**{key: value})
     sandbox.up()
-    network.remove_stranger(sandbox.plan, "receivers")
-
-
-CHANGED = ("scrapeInterval", "evaluationInterval", "alerting")
-
-
-def _alerting(address: str, ca: str) -> dict[str, Any]:
-    def hook(name: str, port: int = receivers.WEB_PORT) -> dict[str, Any]:
-        access = {
-            "authorization": {"credentials": TOKEN},
-            "tls_config": {"ca": ca, "min_version": "TLS12"},
-        }
-        url = f"https://{address}:{port}/{HOOK}/{name}"
-        return {"name": name, "webhook_configs": [{"url": url, "http_config": access}]}
-
-    mail = {
-        "to": "pager@example.net",
-        "send_resolved": True,
-        "tls_config": {"ca": ca},
-        "headers": {"subject": "{{ .Status }} {{ .CommonLabels.alertname }} {{ .ExternalURL }}"},
-        "text": "{{ .CommonAnnotations.summary }}",
-        "html": "",
-    }
-    quick = {"group_wait": "1s", "group_interval": "2s"}
-    return {
-        "global": {
-            "smtp_smarthost": f"{address}:{receivers.MAIL_PORT}",
-            "smtp_from": "alerts@example.com",
-            "smtp_auth_username": receivers.USER,
-            "smtp_auth_password": PASSWORD,
-        },
-        "route": {
-            **({"receiver": "team", "group_by": ["..."], "repeat_interval": "1h"} | quick),
-            "routes": [
-                {
-                    "receiver": "deadman",
-                    "matchers": ["alertname=Watchdog"],
-                    "group_interval": "2s",
-                    "repeat_interval": "2s",
-                },
-                # Its port is shut.
-                {"receiver": "gone", "matchers": ["alertname=UnitFailed"], "continue": True},
-                {"receiver": "pager", "matchers": ["severity=critical"], "continue": True},
-                {"receiver": "team"},
-            ],
-        },
-        "receivers": [
-            *(hook("team"), hook("deadman"), hook("gone", port=8444)),
-            {"name": "pager", "email_configs": [mail]},
-        ],
-    }
-
-
-def changed_by_hand(sandbox: Sandbox, server: str, file: str, edit: str) -> None:
-    """Puts a file with an edit (of sed) in the place of the link to what was delivered."""
-    path = FILES[file]
-    sandbox.script(
-        server,
-        f"cp --preserve {path} /root/new && sed -i '{edit}' /root/new && mv /root/new {path}",
-    )
-
-
-def put_back(sandbox: Sandbox, server: str, *files: str) -> None:
-    """What apply-bundle would do."""
-    for file in files:
-        path = FILES[file]
-        sandbox.script(server, f"ln -sfn /opt/federation/current{path} {path}")
-
-
-def reload(sandbox: Sandbox, server: str, unit: str = "prometheus", *, check: bool = True) -> None:
-    sandbox.script(server, f"systemctl kill --kill-whom=main -s HUP {unit}", check=check)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """What is done, how it is undone, and the alerts that it must raise: which, by whom."""
-
-    cause: Callable[[Sandbox], object]
-    cure: Callable[[Sandbox], object]
-    raises: tuple[tuple[str, str], ...]
-
-
-def on(server: str, text: str) -> Callable[[Sandbox], object]:
-    return lambda sandbox: sandbox.script(server, text)
+    network.remove_stranger(sandbox.plan, STRANGER)
 
 
 def bad_log_ins(sandbox: Sandbox) -> None:
@@ -250,32 +64,32 @@ def bad_log_ins(sandbox: Sandbox) -> None:
 
 
 def broken_prometheus(sandbox: Sandbox) -> None:
-    changed_by_hand(sandbox, "dublin", "prometheus.yml", "s/^global:/glubal:/")
+    changed_by_hand(sandbox, "dublin", PROMETHEUS, "s/^global:/glubal:/")
     reload(sandbox, "dublin")
 
 
 def cured_prometheus(sandbox: Sandbox) -> None:
-    put_back(sandbox, "dublin", "prometheus.yml")
+    put_back(sandbox, "dublin", PROMETHEUS)
     reload(sandbox, "dublin")
 
 
 def broken_alertmanager(sandbox: Sandbox) -> None:
-    changed_by_hand(sandbox, "master", "alertmanager.yml", "s/^route:/rout:/")
+    changed_by_hand(sandbox, "master", ALERTMANAGER, "s/^route:/rout:/")
     reload(sandbox, "master", "alertmanager")
 
 
 def cured_alertmanager(sandbox: Sandbox) -> None:
-    put_back(sandbox, "master", "alertmanager.yml")
+    put_back(sandbox, "master", ALERTMANAGER)
     reload(sandbox, "master", "alertmanager")
 
 
 def small_limit(sandbox: Sandbox) -> None:
-    changed_by_hand(sandbox, "master", "federate", "s/sample_limit: .*/sample_limit: 10/")
-    changed_by_hand(sandbox, "master", "certificates", "s/ [0-9]*$/ 1700000000/")
+    changed_by_hand(sandbox, "master", FEDERATE, "s/sample_limit: .*/sample_limit: 10/")
+    changed_by_hand(sandbox, "master", CERTIFICATES, "s/ [0-9]*$/ 1700000000/")
     # A rule that promtool takes and that fails: two series on each side of a multiplication.
     rule = "groups: [{name: g, rules: [{record: a, expr: up * on () up}]}]"
     changed_by_hand(
-        sandbox, "master", "prometheus.yml", "s#^rule_files:#rule_files:\\n  - /root/bad.yml#"
+        sandbox, "master", PROMETHEUS, "s#^rule_files:#rule_files:\\n  - /root/bad.yml#"
     )
     sandbox.script(
         "master", f"mkdir -p /etc/prometheus/bad; echo '{rule}' >/etc/prometheus/bad/r.yml"
@@ -285,7 +99,7 @@ def small_limit(sandbox: Sandbox) -> None:
 
 
 def usual_limit(sandbox: Sandbox) -> None:
-    put_back(sandbox, "master", "federate", "certificates", "prometheus.yml")
+    put_back(sandbox, "master", FEDERATE, CERTIFICATES, PROMETHEUS)
     sandbox.script("master", "rm -r /etc/prometheus/bad")
     reload(sandbox, "master")
 
@@ -294,6 +108,11 @@ OLD_BACKUP = """
 systemctl start prometheus-backup
 sed -i 's/^federation_backup_last_success_timestamp_seconds .*/federation_backup_last_success_\
 timestamp_seconds 1700000000/' /var/lib/prometheus-backup/backup.prom
+"""
+
+# With room for Prometheus to begin a file of chunks (128 MiB): without, it ends.
+FULL_VOLUME = """
+fallocate -l $(($(df --output=avail -B1 /data | tail -n1) - 150000000)) /data/filler
 """
 
 FAULTS = {
@@ -319,11 +138,6 @@ FAULTS = {
             "systemctl start prometheus-backup",
         ),
         raises=(("UnitFailed", "dublin"), ("NotificationsFailing", "dublin")),
-    ),
-    "backups stay away": Fault(
-        cause=on("master", OLD_BACKUP),
-        cure=on("master", "systemctl start prometheus-backup"),
-        raises=(("BackupTooOld", "master"),),
     ),
     "nginx dies again and again": Fault(
         cause=on("master", "for i in 1 2 3 4; do systemctl kill -s KILL nginx; sleep 3; done"),
@@ -356,13 +170,11 @@ FAULTS = {
             ("PrometheusRuleFailures", "master"),
         ),
     ),
-    "the volume is full": Fault(
-        cause=on(
-            "master",
-            "fallocate -l $(($(df --output=avail -B1 /data | tail -n1) - 60000000)) /data/filler",
-        ),
-        cure=on("master", "rm /data/filler"),
-        raises=(("HostDiskFull", "master"),),
+    # One after the other: a backup takes room for a moment.
+    "backups stay away, and the volume is full": Fault(
+        cause=on("master", OLD_BACKUP + FULL_VOLUME),
+        cure=on("master", "rm /data/filler; systemctl start prometheus-backup"),
+        raises=(("BackupTooOld", "master"), ("HostDiskFull", "master")),
     ),
     "a metric's file is broken": Fault(
         cause=on("master", "echo '{' >/var/lib/node_exporter/textfile/bad.prom"),
@@ -376,18 +188,12 @@ def test_each_fault_raises_its_alert_at_the_right_receiver_and_it_clears(
     sandbox: Sandbox, listener: Listener
 ) -> None:
     listener.wait_for_quiet()
-    since = time.time()
-    wanted = {alert for fault in FAULTS.values() for alert in fault.raises}
-    # Undone in the opposite order, whatever happens: a full volume takes no backup.
-    with ExitStack() as cures:
-        for fault in FAULTS.values():
-            cures.callback(fault.cure, sandbox)
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda fault: fault.cause(sandbox), FAULTS.values()))
-        listener.wait("team", since, wanted)
+    with caused(sandbox, listener, FAULTS.values()) as since:
         # By mail too, and nothing that can wait.
         critical = {
-            alert for alert in wanted if alert[0] in {"TargetDown", "ServiceDown", "FederationDown"}
+            ("TargetDown", "dublin"),
+            ("ServiceDown", "dublin"),
+            ("FederationDown", "master"),
         }
         listener.wait("pager@example.net", since, critical)
         paged = {alert for alert, _ in listener.fired("pager@example.net", since)}
@@ -398,15 +204,15 @@ def test_each_fault_raises_its_alert_at_the_right_receiver_and_it_clears(
     listener.wait_for_quiet()
 
 
-@pytest.mark.parametrize(
-    ("server", "unit", "raises"),
-    [
-        ("dublin", "node_exporter", {("TargetDown", "dublin")}),
-        ("dublin", "alertmanager", {("SiteAlertmanagerDown", "master")}),
-        ("dublin", "prometheus", {("FederationDown", "master")}),
-        ("master", "prometheus", {("MasterNotFederating", "dublin")}),
-    ],
-)
+STOPPED = [
+    ("dublin", "node_exporter", {("TargetDown", "dublin")}),
+    ("dublin", "alertmanager", {("SiteAlertmanagerDown", "master")}),
+    ("dublin", "prometheus", {("FederationDown", "master")}),
+    ("master", "prometheus", {("MasterNotFederating", "dublin")}),
+]
+
+
+@pytest.mark.parametrize(("server", "unit", "raises"), STOPPED)
 def test_a_service_that_stops_is_told_by_whom_it_leaves(
     sandbox: Sandbox, listener: Listener, server: str, unit: str, raises: set[tuple[str, str]]
 ) -> None:

@@ -18,13 +18,12 @@ from typing import Any
 import pytest
 
 from hostfiles import existing_master
-from sandbox import machine, providers
+from sandbox import machine
 from sandbox.host import wait_until
-from sandbox.program import plain
 from sandbox.releases import tool
-from sandbox.state import Record, State
 from sandbox.world import USER
 from tests.sandbox.conftest import Sandbox
+from tests.sandbox.test_6_interrupted import Step, killed_at
 
 HUB = "hub"
 HOST = f"{HUB}.elsewhere.example"
@@ -43,6 +42,10 @@ scrape_configs:
   # Twice, as it was always so.
 - {job_name: again, metrics_path: "/prom/metrics", static_configs: [{targets: ["127.0.0.1:9090"]}]}
 # The end, without an end of its line"""
+WITH_LINE = (
+    f"{CONFIG}\nscrape_config_files: [federate.d/*.yml]"
+    "  # added by prometheus-federation, and removed with it\n"
+)
 UNIT = """\
 [Service]
 User=prom
@@ -171,10 +174,7 @@ def test_the_sites_come_to_it_and_it_is_left_as_it_was(hub: Sandbox) -> None:
     assert "prom.yaml" in before
     sandbox.set(existingMaster=settings())
     sandbox.up()
-    assert config(sandbox) == (
-        f"{CONFIG}\nscrape_config_files: [federate.d/*.yml]"
-        "  # added by prometheus-federation, and removed with it\n"
-    )
+    assert config(sandbox) == WITH_LINE
     assert query(sandbox, 'up{job="federate",site="dublin"} == 1')
     for number in range(1, 5):
         core = (
@@ -186,7 +186,7 @@ def test_the_sites_come_to_it_and_it_is_left_as_it_was(hub: Sandbox) -> None:
 
     there, moment = sandbox.script(HUB, SNAPSHOT), reloaded(sandbox)
     assert "no changes" in sandbox.up()
-    forget(sandbox)
+    sandbox.forget(existing_master.NAME)
     sandbox.up()
     assert sandbox.script(HUB, SNAPSHOT) == there, "a delivery that was made already"
     assert reloaded(sandbox) == moment
@@ -214,24 +214,9 @@ def deliver(sandbox: Sandbox, delivery: dict[str, Any]) -> subprocess.CompletedP
     )
 
 
-def command(state: State) -> Record:
-    (found,) = (
-        record
-        for record in state.records.values()
-        if record.type == providers.COMMAND and record.name == "existing-master"
-    )
-    return found
-
-
 def sent(sandbox: Sandbox) -> dict[str, Any]:
     """What the program sent it last."""
-    return json.loads(plain(command(sandbox.state).inputs)["stdin"])
-
-
-def forget(sandbox: Sandbox) -> None:
-    """The next `up` delivers it anew."""
-    state = sandbox.state
-    state.forget(command(state))
+    return json.loads(sandbox.sent(existing_master.NAME)["stdin"])
 
 
 def test_what_goes_wrong_goes_back_and_says_why(hub: Sandbox) -> None:
@@ -268,28 +253,62 @@ def test_what_goes_wrong_goes_back_and_says_why(hub: Sandbox) -> None:
     no_scrape_missed(sandbox, began)
 
 
-def test_killed_in_the_middle_the_next_up_finishes(hub: Sandbox) -> None:
+# Of prometheus.yml: before the other text takes its place, and after.
+SWAP = (
+    ("shutil.py", "copystat", "/srv/mon/conf/.prom.yaml.federation"),
+    (existing_master.NAME, "sync", "PosixPath('/srv/mon/conf')"),
+)
+INSTALL_STEPS = (
+    (existing_master.NAME, "write_program", "/opt/.federation-master"),
+    (existing_master.NAME, "write_files", ""),
+    *SWAP,
+    (existing_master.NAME, "reload", ""),
+    (existing_master.NAME, "wait_until_up", ""),
+    (existing_master.NAME, "commit", ""),
+)
+REMOVE_STEPS = (
+    (existing_master.NAME, "take_line_out", ""),
+    *SWAP,
+    (existing_master.NAME, "reload", ""),
+    ("pathlib/_local.py", "rename", "/opt/.federation-master"),
+    # Its second call: the first is that of what a killed one left.
+    ("shutil.py", "rmtree", "PosixPath('/opt/.federation-master'), 'ignore_errors': False"),
+)
+
+
+def test_killed_at_its_steps_its_file_is_old_or_new_and_the_next_up_finishes(hub: Sandbox) -> None:
     sandbox, began = hub, time.time()
     sandbox.set(existingMaster=settings())
     sandbox.up()
     delivery = sent(sandbox)
-    kill = (
-        f"({existing_master.INSTALL.replace('exec ', '')}) <$1 & sleep $2; "
-        "pkill -9 -f 'exec.compile' || true; wait"
-    )
-    (name,) = (name for name in delivery["files"] if name.endswith(".password"))
-    for number, seconds in enumerate(("0.2", "0.6", "1.2")):
-        # The same password by another name: another job, so all is done that there is to do.
-        changed = json.loads(json.dumps(delivery).replace(name, f"{number}-{name}"))
-        sandbox.inside(HUB, "tee", "/root/delivery", stdin=json.dumps(changed))
-        sandbox.inside(HUB, "bash", "-c", kill, "kill", "/root/delivery", seconds, check=False)
-        forget(sandbox)
-        sandbox.up()
-        files = sandbox.inside(HUB, "ls", "/srv/mon/conf/federate.d/files").split()
-        assert sorted(files) == sorted(delivery["files"])
-        assert query(sandbox, 'up{job="federate",site="dublin"} == 1')
-        assert "no changes" in deliver(sandbox, delivery).stdout
-    sandbox.inside(HUB, "rm", "/root/delivery")
+
+    def kill(steps: tuple[tuple[str, str, str], ...], command: str, stdin: str = "") -> None:
+        for program, function, about in steps:
+            step = Step(function, about, HUB, program=program)
+            killed_at(sandbox, step, "sh", "-c", command, stdin=stdin)
+            assert config(sandbox) in (CONFIG, WITH_LINE), step
+
+    kill(REMOVE_STEPS, existing_master.remove(delivery["owner"]))
+    sandbox.set(existingMaster={})
+    sandbox.up()
+    assert config(sandbox) == CONFIG
+    assert "federat" not in sandbox.script(HUB, "ls -A /opt")
+    bare = sandbox.script(HUB, SNAPSHOT)
+
+    kill(INSTALL_STEPS, existing_master.INSTALL, json.dumps(delivery))
+    assert sandbox.script(HUB, SNAPSHOT) != bare
+    sandbox.set(existingMaster=settings())
+    sandbox.up()
+    assert config(sandbox) == WITH_LINE
+    delivery = sent(sandbox)
+    files = sandbox.inside(HUB, "ls", "/srv/mon/conf/federate.d/files").split()
+    assert sorted(files) == sorted(delivery["files"])
+    assert query(sandbox, 'up{job="federate",site="dublin"} == 1')
+    assert "no changes" in deliver(sandbox, delivery).stdout
+
+    sandbox.script(HUB, existing_master.remove(delivery["owner"]))
+    sandbox.forget(existing_master.NAME)
+    assert sandbox.script(HUB, SNAPSHOT) == bare
     no_scrape_missed(sandbox, began)
 
 

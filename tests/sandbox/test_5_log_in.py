@@ -4,102 +4,49 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from playwright.sync_api import BrowserContext, sync_playwright
+from playwright.sync_api import BrowserContext
 
-from sandbox import host, network, providers
+from sandbox import providers
 from sandbox.program import plain
-from sandbox.progress import silent
 from settings import RELEASES
-from tests.sandbox.conftest import ROOT, Sandbox, silence
-from tests.sandbox.keyring import Keyring, forge_authority, issue
-from tests.sandbox.probe import OPEN, Door, Request, ask, knock
+from tests.sandbox.conftest import Sandbox, silence
+from tests.sandbox.keyring import Keyring
+from tests.sandbox.people import (
+    CLIENT_SECRET,
+    MASTER,
+    Provider,
+    browser_of,
+    provider_for,
+    screenshot,
+)
+from tests.sandbox.probe import Door, Request, ask
 
-MASTER = "prometheus-master.example.com"
 QUERY = "/api/v1/query?query=up%7Bsite%3D%22dublin%22%7D"
 SILENCES = "/alertmanager/api/v2/silences"
 # As Alertmanager's own page does it.
 SILENCE_IN_THE_PAGE = """async ([path, body]) => (await fetch(path, {
     method: "POST", headers: {"Content-Type": "application/json"}, body})).status"""
-CHROMIUM = Path("/usr/bin/chromium")
-PROVIDER = Path(__file__).with_name("provider.py")
-PROVIDER_PORT = 8443
-SCREENSHOTS = ROOT / "docs" / "screenshots"
-CLIENT_SECRET = "canary-of-the-client-secret-at-the-provider"
-PEOPLE = {
-    "alice": {"email": "alice@example.com", "email_verified": True, "groups": ["monitoring"]},
-    "mallory": {"email": "mallory@example.com", "email_verified": True, "groups": ["sales"]},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provider:
-    """Where people log in, the certificate that it shows, and whose that is."""
-
-    address: str
-    certificate: str
-    ca: str
-
-    @property
-    def issuer(self) -> str:
-        return f"https://{self.address}:{PROVIDER_PORT}"
 
 
 @pytest.fixture(scope="module")
 def provider(sandbox: Sandbox) -> Iterator[Provider]:
-    """A provider on the internet, with a CA of its own."""
-    name = "provider"
-    namespace = sandbox.stranger(name)
-    address = network.address_of(namespace)
-    authority = forge_authority()
-    leaf = issue("login.example.net", authority, address=address)
-    order = {
-        "address": address,
-        "port": PROVIDER_PORT,
-        "certificate": leaf.certificate,
-        "key": leaf.key,
-        "people": PEOPLE,
-    }
-    argv = ["nsenter", f"--net=/run/netns/{namespace}", sys.executable, str(PROVIDER)]
-    running = subprocess.Popen(argv, stdin=subprocess.PIPE, text=True)
-    assert running.stdin
-    try:
-        running.stdin.write(f"{json.dumps(order)}\n")
-        running.stdin.flush()
-        door = (address, PROVIDER_PORT)
-        assert host.wait_until(lambda: knock(namespace, [door])[door] == OPEN, seconds=20)
-        yield Provider(address=address, certificate=leaf.certificate, ca=authority.certificate)
-    finally:
-        running.stdin.close()
-        running.wait(10)
-        network.remove_stranger(sandbox.plan, name)
+    with provider_for(sandbox) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def with_people(sandbox: Sandbox, provider: Provider) -> Iterator[Sandbox]:
     """The shared sandbox, with log-ins at the provider; its settings are put back at the end."""
     before = dict(sandbox.config)
-    oauth2 = {
-        "issuer": provider.issuer,
-        "clientId": "federation",
-        "clientSecret": CLIENT_SECRET,
-        "allowedGroups": ["monitoring"],
-        "ca": provider.ca,
-        "cidrs": [f"{provider.address}/32"],
-    }
-    sandbox.set(master=sandbox.get("master") | {"oauth2": oauth2})
+    sandbox.set(master=sandbox.get("master") | {"oauth2": provider.setting})
     # So that an alert need not wait for a minute.
     sandbox.set(scrapeInterval="2s", evaluationInterval="2s")
     sandbox.up()
@@ -109,30 +56,9 @@ def with_people(sandbox: Sandbox, provider: Provider) -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def browser(
-    with_people: Sandbox, provider: Provider, keys: Keyring, tmp_path: Path
-) -> Iterator[BrowserContext]:
-    """A browser that knows nobody yet. It takes the two servers' own certificates and no other."""
-    host.install(silent, {"chromium": str(CHROMIUM)})
-    pins = [_pin(keys.leaf("master-nginx").certificate), _pin(provider.certificate)]
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path / "profile",
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                f"--host-resolver-rules=MAP {MASTER} {with_people.public_ip('master')}",
-                f"--ignore-certificate-errors-spki-list={','.join(pins)}",
-            ],
-        )
-        yield context
-        context.close()
-
-
-def _pin(certificate: str) -> str:
-    key = x509.load_pem_x509_certificate(certificate.encode()).public_key()
-    spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return base64.b64encode(hashlib.sha256(spki).digest()).decode()
+def browser(with_people: Sandbox, provider: Provider, tmp_path: Path) -> Iterator[BrowserContext]:
+    with browser_of(with_people, provider, tmp_path / "profile") as running:
+        yield running
 
 
 def answer_to(page: Door, keys: Keyring, path: str, *headers: str) -> str:
@@ -201,14 +127,13 @@ def test_a_person_of_the_group_logs_in_and_sees_what_was_federated(
     wanted = f"https://{MASTER}/query?g0.expr=up&g0.tab=1"
     tab.goto(wanted)
     assert tab.url.startswith(provider.issuer)
-    _screenshot(browser, "log-in-at-the-provider")
+    screenshot(tab, "log-in-at-the-provider")
     tab.get_by_role("button", name="alice").click()
     # Back at the page that was asked for, with its query.
     assert tab.url == wanted, tab.inner_text("body")[:500]
     tab.goto(f"https://{MASTER}{QUERY}")
     federated = json.loads(tab.inner_text("body"))["data"]["result"]
     assert {row["metric"]["instance"] for row in federated if row["metric"]["job"] == "CoreSystems"}
-    _screenshot(browser, "logged-in-and-federated-data")
     silenced = tab.evaluate(SILENCE_IN_THE_PAGE, [SILENCES, silence("by alice")])
     assert silenced == 200
     (cookie,) = (c for c in browser.cookies() if c.get("name") == "__Host-federation")
@@ -235,7 +160,7 @@ def test_a_person_of_no_such_group_is_refused(
         tab.get_by_role("button", name="mallory").click()
     assert answer.value.status == 403
     assert RELEASES["oauth2Proxy"].version not in tab.inner_text("body")
-    _screenshot(browser, "refused-without-the-group")
+    screenshot(tab, "refused-without-the-group")
     refused = tab.goto(f"https://{MASTER}{QUERY}")
     assert refused is not None
     assert refused.status == 401
@@ -292,12 +217,3 @@ def test_oauth2_proxy_is_hardened_and_listens_on_loopback_alone(with_people: San
     assert float(exposure[1]) <= 2.0
     sockets = with_people.script("master", "ss -Hltnp | grep oauth2-proxy").split()
     assert sockets[3] == "127.0.0.1:4180"
-
-
-def _screenshot(browser: BrowserContext, name: str) -> None:
-    """One for the docs, where there is none: a test run changes no file of the repository."""
-    path = SCREENSHOTS / f"{name}.png"
-    if not path.exists():
-        tab = browser.pages[-1]
-        tab.set_viewport_size({"width": 1000, "height": 600})
-        tab.screenshot(path=path)

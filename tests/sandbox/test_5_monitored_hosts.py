@@ -15,8 +15,10 @@ from hostfiles import monitored_host
 from sandbox import providers
 from sandbox.host import wait_until
 from sandbox.program import plain
+from sandbox.releases import ReleaseServer
 from sandbox.world import USER
 from tests.sandbox.conftest import Sandbox
+from tests.sandbox.test_6_interrupted import Step, killed_at
 
 CORES = [f"core0{n}" for n in range(1, 5)]
 JOB = 'job="CoreSystems"'
@@ -280,6 +282,59 @@ def test_a_host_is_left_exactly_as_it_was(quick: Sandbox) -> None:
     assert printed.count("delete Command slave-dublin-core0") == 2
     for name, was in before.items():
         assert sandbox.script(name, SNAPSHOT) == was
+
+
+PROGRAM = "bin/monitored-host"
+INSTALL_STEPS = (
+    # Run out of the delivery, its source has no path.
+    ("monitored-host", "write_programs", "/opt/.federation/bin"),
+    # Only what it runs is killed: it undoes all of it.
+    ("bin/apply-bundle", "converge", ""),
+    ("monitored-host", "apply_bundle", ""),
+    ("monitored-host", "firewall", ""),
+    ("monitored-host", "run", "'comment'"),
+)
+REMOVE_STEPS = (
+    (PROGRAM, "run", "'delete'"),
+    (PROGRAM, "run", "'stop'"),
+    (PROGRAM, "remove_user", ""),
+    (PROGRAM, "remove_trees", "/opt/federation/trees"),
+    ("pathlib/_local.py", "rename", "PosixPath('/opt/.federation')"),
+    # Its second call: the first is that of what a killed one left.
+    ("shutil.py", "rmtree", "PosixPath('/opt/.federation'), 'ignore_errors': False"),
+)
+
+
+def test_a_host_is_left_exactly_as_it_was_however_often_both_ways_were_killed(
+    quick: Sandbox,
+) -> None:
+    sandbox, without = quick, hosts(quick)
+    host, name = add_host(sandbox, 5, ufw=True), "core05"
+    sandbox.up("--no-verify")
+    sandbox.script(name, f"runuser -u {USER} -- sudo true")
+    before = sandbox.script(name, SNAPSHOT)
+    change_job(sandbox, hosts=[*without, host])
+    sandbox.up()
+    delivery = sandbox.sent(f"slave-dublin-{host['host']}")["stdin"]
+    remove = monitored_host.remove(json.loads(delivery)["owner"])
+
+    def kill(steps: tuple[tuple[str, str, str], ...], shell: str, stdin: str = "") -> None:
+        for program, function, about in steps:
+            step = Step(function, about, name, program=program)
+            killed_at(sandbox, step, "sh", "-c", shell, stdin=stdin)
+
+    assert "removed" in sandbox.script(name, remove)
+    # Where `up` serves the exporter's release from, too.
+    with ReleaseServer(sandbox.plan):
+        kill(INSTALL_STEPS, monitored_host.INSTALL, delivery)
+    sandbox.forget(f"slave-dublin-{host['host']}")
+    sandbox.up()
+    ask(sandbox, f'up{{{JOB},instance="{host["host"]}:9100"}} == 1')
+
+    kill(REMOVE_STEPS, remove)
+    change_job(sandbox, hosts=without)
+    sandbox.up()
+    assert sandbox.script(name, SNAPSHOT) == before
 
 
 def test_a_host_with_a_public_address_is_reached_and_scraped_over_the_internet(

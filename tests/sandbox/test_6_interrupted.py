@@ -7,22 +7,27 @@ Killed before each of its changes, without machines: tests/hostfiles/test_apply_
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sandbox import machine, releases
+from sandbox import host, machine, providers, releases
+from sandbox.command import CommandProvider
 from sandbox.host import wait_until
+from sandbox.program import Resource
 from tests.sandbox.conftest import NAMESPACE, ROOT, Sandbox
-from tests.sandbox.test_5_data import history, snapshots
+from tests.sandbox.test_5_data import back_up, backups, history, snapshots
 
 SOURCE = Path(__file__).with_name("stop_at.py")
 # What Debian's Python looks at first.
@@ -81,23 +86,40 @@ class Step:
     about: str = ""
     host: str = ""
     program: str = APPLY_BUNDLE
+    how: str = "SIGSTOP"
 
     @property
     def hook(self) -> str:
         """What stops it."""
-        call = f"stop_at({self.program!r}, {self.function!r}, {self.about!r})"
+        call = f"stop_at({self.program!r}, {self.function!r}, {self.about!r}, {self.how!r})"
         return f"{SOURCE.read_text()}\n\n{call}\n"
 
 
 @contextlib.contextmanager
 def armed(sandbox: Sandbox, step: Step) -> Iterator[None]:
     """While the block runs, whoever comes to the step on its host stops there."""
-    sandbox.inside(step.host, "tee", f"{HOOK}.py", stdin=step.hook)
-    sandbox.inside(step.host, "tee", f"{HOOK}.pth", stdin="import stop_at\n")
+    write = f"cat >{HOOK}.py; echo import stop_at >{HOOK}.pth"
+    sandbox.inside(step.host, "bash", "-c", write, stdin=step.hook)
     try:
         yield
     finally:
-        sandbox.inside(step.host, "rm", f"{HOOK}.pth", f"{HOOK}.py")
+        sandbox.script(step.host, f"rm -r {HOOK}.pth {HOOK}.py $(dirname {HOOK})/__pycache__")
+
+
+def killed_at(sandbox: Sandbox, step: Step, *argv: str, stdin: str | None = None) -> str:
+    """Runs a program on the step's host, which is killed when it comes to the step. Returns what
+    was said of it."""
+    with armed(sandbox, replace(step, how="SIGKILL")):
+        done = machine.exec(
+            sandbox.plan,
+            sandbox.machine(step.host),
+            argv,
+            stdin=stdin,
+            check=False,
+            timeout=120,
+        )
+    assert done.returncode != 0, step
+    return done.stderr
 
 
 def is_stopped(sandbox: Sandbox, step: Step) -> bool:
@@ -113,12 +135,12 @@ def signalled(sandbox: Sandbox, step: Step, name: str) -> None:
 
 
 @contextlib.contextmanager
-def up_stopped(sandbox: Sandbox, step: Step, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """An `up` that has come to a step, and stands there."""
-    environment = dict(os.environ)
-    if not step.host:
-        folder.joinpath("sitecustomize.py").write_text(step.hook)
-        environment["PYTHONPATH"] = str(folder)
+def up_stopped(
+    sandbox: Sandbox, step: Step, folder: Path, first: str = ""
+) -> Iterator[subprocess.Popen[str]]:
+    """An `up` that has come to a step, and stands there. `first`: what it executes before all."""
+    folder.joinpath("sitecustomize.py").write_text(first if step.host else step.hook)
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
     with (
         subprocess.Popen(
             sandbox.arguments("up", "--no-verify"),
@@ -173,10 +195,11 @@ def up_killed(sandbox: Sandbox, step: Step, process: subprocess.Popen[str]) -> N
     assert process.returncode == -signal.SIGKILL
 
 
-def fails(process: subprocess.Popen[str]) -> None:
+def fails(process: subprocess.Popen[str]) -> str:
     printed, _ = process.communicate(timeout=90)
     assert process.returncode == 1, printed
     assert ": the command on " in printed
+    return printed
 
 
 def look(sandbox: Sandbox, name: str) -> dict[str, Any]:
@@ -433,3 +456,166 @@ def test_a_second_up_is_refused_by_the_name_of_the_first_which_goes_on_unharmed(
         assert first.returncode == 0, printed
     is_finished(pair)
     assert seen()
+
+
+def edited(bundle: str) -> str:
+    """Another bundle: two services read another file."""
+    other = json.loads(bundle)
+    files = {file["path"]: file for file in other["files"]}
+    for path in ("/etc/prometheus/prometheus.yml", "/etc/nginx/federation.conf"):
+        files[path]["content"] += "# Another.\n"
+    return json.dumps(other)
+
+
+def name_of(bundle: str) -> str:
+    """How apply-bundle calls its tree."""
+    return hashlib.sha256(bundle.encode()).hexdigest()[:16]
+
+
+def test_of_two_bundles_at_once_the_second_waits_and_is_in_force_wholly(
+    pair: Sandbox, tmp_path: Path
+) -> None:
+    command = "slave-dublin-bundle"
+    inputs, step = pair.sent(command), Step("converge", host="dublin")
+    second = inputs["stdin"]
+    first = edited(second)
+
+    def deliver(bundle: str) -> str:
+        """As `up` does it: over SSH."""
+        given = {**inputs, "stdin": bundle}
+        resource = Resource(
+            urn="", type=providers.COMMAND, name=command, inputs=given, custom=True, parent=""
+        )
+        provider = CommandProvider(threading.Event(), tmp_path / name_of(bundle))
+        return provider.create(resource, given)[1]["stdout"]
+
+    def waits() -> bool:
+        found = pair.script("dublin", "find /proc/[0-9]*/fd -lname '*/apply-bundle.lock'")
+        return len(found.splitlines()) == 2
+
+    with ThreadPoolExecutor(2) as beside:
+        try:
+            with armed(pair, step):
+                one = beside.submit(deliver, first)
+                assert wait_until(lambda: is_stopped(pair, step), seconds=30), one
+            other = beside.submit(deliver, second)
+            assert wait_until(waits, seconds=30)
+            meanwhile = look(pair, "dublin")
+            assert meanwhile["disturbed"] == []
+            assert meanwhile["bundle"] == name_of(first)
+            assert not other.done()
+        finally:
+            signalled(pair, step, "CONT")
+        told = [one.result(timeout=60), other.result(timeout=60)]
+    # What the first had not done yet, it did before the second began.
+    changes = ("changed /etc/prometheus/prometheus.yml", "reloaded prometheus.service")
+    assert all(change in words for change in changes for words in told), told
+    found = look(pair, "dublin")
+    assert (found["bundle"], found["trees"]) == (name_of(second), [name_of(second)])
+    whole(pair)
+
+
+# Nothing is refused and nobody is told: packets to and from a host's SSH are lost.
+SILENCE = """
+table inet silence {
+    chain in { type filter hook input priority -300; tcp dport 22 drop; }
+    chain out { type filter hook output priority -300; tcp sport 22 drop; }
+}
+"""
+
+
+@contextlib.contextmanager
+def silent(sandbox: Sandbox, name: str) -> Iterator[None]:
+    nft = ["ip", "netns", "exec", sandbox.namespace(name), "nft"]
+    host.run([*nft, "-f", "-"], stdin=SILENCE)
+    try:
+        yield
+    finally:
+        host.run([*nft, "delete", "table", "inet", "silence"])
+
+
+def silenced(
+    sandbox: Sandbox,
+    change: Callable[[Sandbox], Seen],
+    step: Step,
+    folder: Path,
+    first: str = "",
+) -> float:
+    """Has `up` meet silence at a step of a delivery, and the next one finish it. Returns how many
+    seconds the first one waited in it; what was sent goes on meanwhile."""
+    seen = change(sandbox)
+    with up_stopped(sandbox, step, folder, first) as process, silent(sandbox, step.host):
+        signalled(sandbox, step, "CONT")
+        began = time.monotonic()
+        printed = fails(process)
+        seconds = time.monotonic() - began
+        assert "not responding" in printed
+    whole(sandbox)
+    is_finished(sandbox)
+    assert seen()
+    return seconds
+
+
+def test_silence_in_the_middle_of_a_delivery_ends_up_and_the_next_one_finishes(
+    pair: Sandbox, tmp_path: Path
+) -> None:
+    # How long it takes as it is: tests/soak/test_silence.py.
+    sooner = "from sandbox import command; command._EVERY_HOST['ServerAliveInterval'] = '2'"
+    assert silenced(pair, password, Step("swap", host="dublin"), tmp_path, sooner) < 30
+
+
+def test_a_backup_that_was_killed_is_made_by_the_next_run(pair: Sandbox) -> None:
+    service = "prometheus-backup.service"
+    # Before it is among the backups, and before anybody is told of it.
+    for program, function, about in (
+        ("pathlib/_local.py", "rename", "/data/backups/"),
+        ("backup-data", "tell", ""),
+    ):
+        step = Step(function, about, "dublin", program=program)
+        assert "failed" in killed_at(pair, step, "systemctl", "start", service)
+        result = pair.inside("dublin", "systemctl", "show", "-P", "Result", service)
+        assert result.strip() == "signal", step
+    since = time.time()
+    made = back_up(pair, "dublin")
+    there = backups(pair, "dublin")
+    assert there[-1] == made
+    assert pair.script("dublin", "ls -A /data/snapshots") == ""
+    for backup in there:
+        assert "meta.json" in pair.script("dublin", f"ls /data/backups/{backup}/*/"), backup
+    told = pair.script("dublin", "grep -v '#' /var/lib/prometheus-backup/backup.prom").split()
+    metrics = dict(zip(told[::2], told[1::2], strict=True))
+    assert metrics["federation_backup_count"] == str(len(there))
+    assert int(metrics["federation_backup_last_success_timestamp_seconds"]) >= int(since)
+
+
+# First on PATH as $1: ends restore-data and all that it runs, in the place of call number $2.
+KILLED_RESTORE = r"""
+mkdir -p /root/stub && cat >/root/stub/$1 <<END
+#!/bin/sh
+echo >>/root/stub/calls
+[ "\$(wc -l </root/stub/calls)" = $2 ] && kill -9 0
+exec /usr/bin/$1 "\$@"
+END
+chmod +x /root/stub/$1
+PATH=/root/stub:$PATH setsid --wait restore-data $3
+echo $?; rm -r /root/stub
+"""
+
+
+def test_a_restore_on_the_volume_that_was_killed_serves_no_half_and_is_finished_by_another(
+    pair: Sandbox,
+) -> None:
+    ask = past(pair)
+    before, backup = ask(), back_up(pair, "dublin")
+    assert all(before.values())
+    for program, call in (("mv", "2"), ("cp", "1")):
+        told = pair.inside("dublin", "bash", "-c", KILLED_RESTORE, "sh", program, call, backup)
+        assert told.startswith("137"), told
+        # Nor after a restart of the host, nor by a delivery.
+        refused = pair.inside("dublin", "systemctl", "start", "prometheus.service", check=False)
+        assert "Assertion failed" in refused
+    told = pair.inside("dublin", "/usr/local/sbin/restore-data", backup)
+    assert f"restored /data/backups/{backup}" in told
+    assert wait_until(lambda: ask() == before, seconds=30, step=0.5)
+    whole(pair)
+    pair.script("dublin", "rm -r /data/replaced")

@@ -28,6 +28,15 @@ RENEWALS = 10
 # From nothing to a certificate. The machine that tests this may be busy.
 WAIT_SECONDS = 60
 
+# Of letsEncrypt, for the authority on the sandbox's internet.
+SETTINGS = {
+    "email": "operator@example.com",
+    "agreeToTerms": True,
+    "server": f"https://{acme.ACME_HOST}/dir",
+    "caRoot": {"given": "acmeRoots"},
+    "timeout": f"{WAIT_SECONDS}s",
+}
+
 OWN = "Prometheus federation CA"
 PUBLIC = "Pebble Intermediate CA"
 
@@ -39,13 +48,7 @@ def public(sandbox: Sandbox) -> Iterator[Sandbox]:
     sandbox.set(
         scrapeInterval="1s",
         evaluationInterval="1s",
-        letsEncrypt={
-            "email": "operator@example.com",
-            "agreeToTerms": True,
-            "server": f"https://{acme.ACME_HOST}/dir",
-            "caRoot": {"given": "acmeRoots"},
-            "timeout": f"{WAIT_SECONDS}s",
-        },
+        letsEncrypt=SETTINGS,
     )
     sandbox.up()
     sandbox.wait(f"count_over_time({FEDERATE}[10s]) >= 9")

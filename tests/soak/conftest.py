@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -15,14 +16,23 @@ from tests.sandbox.conftest import ROOT, Sandbox
 RESULTS = ROOT / "docs" / "soak.md"
 
 
-@pytest.fixture
-def fresh() -> Iterator[Sandbox]:
-    """A sandbox of a test's own, not up yet; gone at the end."""
+@contextlib.contextmanager
+def own_sandbox() -> Iterator[Sandbox]:
+    """A sandbox that is not up yet; gone at the end."""
     slot = int(os.environ.get("SANDBOX_TEST_SLOT", "1"))
     own = Sandbox.fresh(slot, ROOT / f".sandbox-test{slot}")
     own.run("down")
-    yield own
-    own.run("down")
+    try:
+        yield own
+    finally:
+        own.run("down")
+
+
+@pytest.fixture
+def fresh() -> Iterator[Sandbox]:
+    """A sandbox of a test's own."""
+    with own_sandbox() as own:
+        yield own
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sandbox import host
 from tests.sandbox.conftest import Sandbox
-from tests.sandbox.test_5_alerts import OF_THIS_MACHINE
+from tests.sandbox.notified import OF_THIS_MACHINE
 
 QUIET_SECONDS = 600
 SERVERS = ("dublin", "master")

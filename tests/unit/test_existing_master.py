@@ -48,7 +48,7 @@ def test_it_is_reached_once_its_slaves_serve_and_must_show_its_key(evaluated: Ev
     assert command.timeout_create == "5m"
     bundle = evaluated.recorder.one(providers.COMMAND, "slave-dublin-bundle")
     assert bundle.urn in command.dependencies
-    assert command.inputs["delete"].endswith("remove prometheus-federation/dev")
+    assert "remove prometheus-federation/dev; " in command.inputs["delete"]
     assert "canary" not in command.inputs["create"] + command.inputs["delete"]
 
 

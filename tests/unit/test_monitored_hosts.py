@@ -85,7 +85,7 @@ def test_each_host_is_reached_through_its_slave_and_both_must_show_their_keys(
         assert bundle.urn in one.dependencies
         assert {"stdout", "stderr"} <= set(one.secret_outputs)
         assert one.inputs["logging"] == "none"
-        assert one.inputs["delete"].endswith("remove prometheus-federation/dev/slave-dublin")
+        assert "remove prometheus-federation/dev/slave-dublin; " in one.inputs["delete"]
 
 
 def test_a_host_that_is_reached_directly_is_scraped_from_the_public_address(
