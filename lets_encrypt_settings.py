@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from hostfiles.model import Acme
+from hostfiles.model import Acme, Challenge
 from job_settings import certificates
 from setting_types import Duration, Model
 
@@ -43,14 +43,16 @@ def _roots(value: str) -> str:
 class LetsEncryptSettings(Model):
     """An account with an ACME server, Let's Encrypt's unless `server` says otherwise.
 
-    `ca_root` is what its certificates, and its own at `server`, chain to. `timeout` is how long
-    `up` waits for a host's certificate.
+    `challenge` is how hosts that say nothing else prove their names. `ca_root` is what the
+    server's certificates, and its own at `server`, chain to. `timeout` is how long `up` waits for
+    a host's certificate.
     """
 
     email: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$")]
     agree_to_terms: Annotated[Literal[True], BeforeValidator(_agreed)]
     server: Annotated[str, AfterValidator(_directory)] = LETS_ENCRYPT
     ca_root: Annotated[str, AfterValidator(_roots)] | None = None
+    challenge: Challenge = "http-01"
     timeout: Duration = "10m"
 
     @model_validator(mode="after")
@@ -67,12 +69,13 @@ class LetsEncryptSettings(Model):
         """The PEM of the roots that its certificates chain to."""
         return self.ca_root or ROOTS.read_text()
 
-    def acme(self) -> Acme:
-        """What a host needs to know."""
+    def acme(self, challenge: Challenge | None) -> Acme:
+        """What a host needs to know, with the challenge of its own if it has one."""
         return Acme(
             email=self.email,
             server=self.server,
             port=urlsplit(self.server).port or 443,
+            challenge=challenge or self.challenge,
             roots=self.roots,
             private=self.ca_root is not None,
         )

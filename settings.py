@@ -31,7 +31,7 @@ from pydantic import (
 from alerting_settings import AlertingSettings
 from door_settings import OAuth2Settings, TokenName
 from existing_master_settings import ExistingMasterSettings
-from hostfiles.model import Acme, Backup, Release, SecurityUpdates
+from hostfiles.model import Acme, Backup, Challenge, Release, SecurityUpdates
 from job_settings import HostAccess, JobSettings, check_jobs
 from lets_encrypt_settings import LetsEncryptSettings
 from setting_types import (
@@ -216,6 +216,7 @@ class HostSettings(Model):
 
     host: HostLabel
     certificates: Certificates | None = None
+    challenge: Challenge | None = None
     region: str | None = None
     subnet_id: SubnetId | None = None
     instance_type: InstanceType | None = None
@@ -501,7 +502,9 @@ class Settings(Model):
 
     def acme_of(self, host: HostSettings) -> Acme | None:
         """Who signs the certificate that a host shows, if it is not our CA."""
-        return self.lets_encrypt.acme() if self.lets_encrypt and self._is_public(host) else None
+        if self.lets_encrypt is None or not self._is_public(host):
+            return None
+        return self.lets_encrypt.acme(host.challenge)
 
     def _is_public(self, host: HostSettings) -> bool:
         return (host.certificates or self.certificates) == "letsencrypt"

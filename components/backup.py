@@ -6,7 +6,6 @@ https://docs.aws.amazon.com/ebs/latest/userguide/snapshot-lifecycle.html
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import pulumi
@@ -14,6 +13,7 @@ import pulumi_aws as aws
 from pulumi import ResourceOptions
 
 from components.environment import Environment
+from components.rights import service_role
 
 # https://docs.aws.amazon.com/aws-managed-policy/latest/reference/AWSDataLifecycleManagerServiceRole.html
 MANAGED_POLICY = "arn:aws:iam::aws:policy/service-role/AWSDataLifecycleManagerServiceRole"
@@ -45,24 +45,7 @@ class Backups(pulumi.ComponentResource):
     def _create_role(
         self, environment: Environment
     ) -> tuple[aws.iam.Role, aws.iam.RolePolicyAttachment]:
-        role = aws.iam.Role(
-            "backups",
-            name_prefix=f"{environment.prefix}-"[:38],
-            assume_role_policy=json.dumps(
-                {
-                    "Version": "2012-10-17",
-                    "Statement": [
-                        {
-                            "Effect": "Allow",
-                            "Action": "sts:AssumeRole",
-                            "Principal": {"Service": "dlm.amazonaws.com"},
-                        }
-                    ],
-                }
-            ),
-            tags=environment.tags("backups"),
-            opts=self._child_opts,
-        )
+        role = service_role("backups", "dlm.amazonaws.com", environment, self._child_opts)
         allowed = aws.iam.RolePolicyAttachment(
             "backups", role=role.name, policy_arn=MANAGED_POLICY, opts=self._child_opts
         )

@@ -7,7 +7,6 @@ and the secret files it is given.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import pulumi_command as command
 import pulumi_tls as tls
 from pulumi import Input, Output, ResourceOptions
 
+from components import rights
 from components.backup import backup_tag
 from components.credentials import RandomCredential, RotatingCredential, Rotation
 from components.delivery import connection, deliver, jump_host
@@ -413,56 +413,15 @@ class Host(pulumi.ComponentResource):
         )
 
     def _create_profile(self) -> aws.iam.InstanceProfile | None:
-        """Where a job discovers instances: the right to describe those of its regions.
-
-        These actions know no ARNs, so the region is what limits them.
-        https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonec2.html
-        """
+        acme = self._environment.settings.acme_of(self._host)
         regions = sorted({entry.region for job in self._host.jobs for entry in job.ec2_sd_configs})
-        if not regions:
-            return None
-        role = aws.iam.Role(
-            f"{self._name}-discovery",
-            name_prefix=f"{self._environment.prefix}-"[:38],
-            assume_role_policy=json.dumps(
-                {
-                    "Version": "2012-10-17",
-                    "Statement": [
-                        {
-                            "Effect": "Allow",
-                            "Action": "sts:AssumeRole",
-                            "Principal": {"Service": "ec2.amazonaws.com"},
-                        }
-                    ],
-                }
-            ),
-            tags=self._environment.tags(f"{self._name}-discovery"),
-            opts=self._child_opts,
-        )
-        aws.iam.RolePolicy(
-            f"{self._name}-discovery",
-            role=role.name,
-            policy=json.dumps(
-                {
-                    "Version": "2012-10-17",
-                    "Statement": [
-                        {
-                            "Effect": "Allow",
-                            "Action": ["ec2:DescribeAvailabilityZones", "ec2:DescribeInstances"],
-                            "Resource": "*",
-                            "Condition": {"StringEquals": {"ec2:Region": regions}},
-                        }
-                    ],
-                }
-            ),
-            opts=self._child_opts,
-        )
-        return aws.iam.InstanceProfile(
-            f"{self._name}-discovery",
-            role=role.name,
-            tags=self._environment.tags(f"{self._name}-discovery"),
-            opts=self._child_opts,
-        )
+        statements: list[rights.Statement] = []
+        if regions:
+            statements.append(rights.discovery(regions))
+        if acme and acme.challenge == "dns-01":
+            zone = self._environment.lookups.zone_id
+            statements += rights.challenge_record(zone, self.address.fqdn)
+        return rights.instance_profile(self._name, statements, self._environment, self._child_opts)
 
     def _attach(
         self, instance: aws.ec2.Instance, after: Sequence[pulumi.Resource]

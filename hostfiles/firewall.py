@@ -18,6 +18,8 @@ from hostfiles.templates import render
 SSH_PORT = 22
 # https://letsencrypt.org/docs/challenge-types/#http-01-challenge
 CHALLENGE_PORT = 80
+# https://docs.aws.amazon.com/general/latest/gr/r53.html
+ROUTE53_PORT = 443
 ANYWHERE = "0.0.0.0/0"
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/set-time.html
 TIME_CIDR = "169.254.169.123/32"
@@ -217,18 +219,19 @@ def _jumps(ports: Sequence[int], cidrs: Sequence[str]) -> tuple[Rule, ...]:
 
 
 def _acme(acme: Acme | None, others: Iterable[Rule]) -> tuple[Rule, ...]:
-    """In on port 80, where the authority looks for its challenge, and out to the authority.
+    """Out to the authority, and where it finds its challenge: in on port 80, or out to Route 53.
 
-    Neither by address: Let's Encrypt publishes none, and looks from several at once.
+    None by address: neither Let's Encrypt nor Route 53's API publishes its own, and the former
+    looks from several at once.
     https://letsencrypt.org/docs/faq/#what-ip-addresses-does-let-s-encrypt-use-to-validate-my-web-server
     """
     if acme is None:
         return ()
-    out = _each("egress", "out-acme", acme.port, [ANYWHERE], "ACME server")
-    return (
-        *_each("ingress", "acme", CHALLENGE_PORT, [ANYWHERE], "ACME challenge"),
-        *_unless_allowed(out, others),
-    )
+    out = _unless_allowed(_each("egress", "out-acme", acme.port, [ANYWHERE], "ACME server"), others)
+    if acme.challenge == "http-01":
+        return (*_each("ingress", "acme", CHALLENGE_PORT, [ANYWHERE], "ACME challenge"), *out)
+    records = _each("egress", "out-route53", ROUTE53_PORT, [ANYWHERE], "Route 53")
+    return (*out, *_unless_allowed(records, (*others, *out)))
 
 
 def _targets(

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# https://letsencrypt.org/docs/challenge-types/
+Challenge = Literal["http-01", "dns-01"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
@@ -47,12 +50,15 @@ class Rule:
 class Acme:
     """An account with an authority that signs over ACME. `server` is its directory's URL.
 
-    `roots` (PEM) are what its certificates chain to; `private`: its server's own does, too.
+    `challenge` is how the host shows that its name is its own: `http-01` on its port 80, `dns-01`
+    by a record in its zone. `roots` (PEM) are what the authority's certificates chain to;
+    `private`: its server's own does, too.
     """
 
     email: str
     server: str
     port: int
+    challenge: Challenge
     roots: str
     private: bool
 

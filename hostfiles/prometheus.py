@@ -359,6 +359,7 @@ def _service(server: Server) -> str:
         flags=_flags(server),
         memory_max_mib=memory_max,
         go_memory_limit_mib=int(memory_max * GO_MEMORY_SHARE),
+        discovers_instances=any("ec2_sd_configs" in job.discovery for job in server.jobs),
     )
 
 

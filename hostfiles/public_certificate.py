@@ -7,12 +7,13 @@ volume, so that they outlive the instance. https://eff-certbot.readthedocs.io/
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import sha256
 from urllib.parse import urlsplit
 
 from hostfiles import certificates
 from hostfiles.files import File, Unit
-from hostfiles.model import Acme, Server
+from hostfiles.model import Acme, Challenge, Server
 from hostfiles.templates import FOLDER as TEMPLATES
 from hostfiles.templates import render
 
@@ -31,6 +32,33 @@ TIMER = f"{_UNITS}/certbot.timer"
 # All that is not needed before the first bundle.
 PATHS = (PROGRAM, *SERVICES, TIMER, TRUSTED)
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Prover:
+    """What of certbot meets a challenge: its packages and the last file of them, its arguments,
+    and the capabilities that it needs."""
+
+    packages: str
+    installed: str
+    arguments: str
+    capabilities: str = ""
+
+
+_PROVERS: dict[Challenge, _Prover] = {
+    "http-01": _Prover(
+        packages="certbot",
+        installed="/usr/bin/certbot",
+        arguments="--standalone --preferred-challenges http",
+        capabilities="CAP_NET_BIND_SERVICE",
+    ),
+    # https://certbot-dns-route53.readthedocs.io/
+    "dns-01": _Prover(
+        packages="certbot python3-certbot-dns-route53",
+        installed="/usr/lib/python3/dist-packages/certbot_dns_route53",
+        arguments="--dns-route53",
+    ),
+}
+
 # https://www.freedesktop.org/software/systemd/man/latest/sysusers.d.html
 USER = 'u certbot - "certbot"\n'
 
@@ -45,6 +73,8 @@ def files(server: Server, port: int) -> tuple[File, ...]:
         "account": account,
         "trusted": TRUSTED,
         "private": acme.private,
+        "prover": _PROVERS[acme.challenge],
+        "challenge": acme.challenge,
         "name": NAME,
         "fqdn": server.fqdn,
         "server": acme.server,

@@ -5,22 +5,14 @@ It forgets everything and has another root each time it starts. https://github.c
 """
 
 import json
-import os
-import signal
 import ssl
 import subprocess
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-from sandbox import releases
-from sandbox.host import Progress, SandboxError, is_alive, run, wait_until
+from sandbox import releases, service
+from sandbox.host import Progress, SandboxError, run, wait_until
 from sandbox.plan import NETNS_DIR, Plan
 
 ACME_HOST = "acme.example.net"
@@ -32,7 +24,7 @@ _CALM = {"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_AUTHZREUSE": "0", "PEBBLE_WFE_NONCERE
 
 def ensure(plan: Plan, progress: Progress) -> None:
     """Start the server where it does not run. The networks must exist (world.ensure_networks)."""
-    if _pid(plan) is None:
+    if service.pid(_folder(plan)) is None:
         program = releases.debian_tool(progress, "pebble")
         with progress("Starting the sandbox's ACME server"):
             start(plan, program)
@@ -51,7 +43,8 @@ def start(plan: Plan, program: Path, **faults: str) -> None:
     stop(plan)
     folder = _folder(plan)
     folder.mkdir(parents=True, exist_ok=True)
-    certificate = _own_certificate(plan)
+    who = "the sandbox's ACME server"
+    certificate = service.certificate(folder, who, [ACME_HOST], plan.acme_ip)
     settings = {
         "listenAddress": f"{plan.acme_ip}:443",
         "managementListenAddress": f"{plan.acme_ip}:{_MANAGEMENT_PORT}",
@@ -99,52 +92,8 @@ def start(plan: Plan, program: Path, **faults: str) -> None:
 
 def stop(plan: Plan) -> None:
     """End the server; does nothing where none runs."""
-    if pid := _pid(plan):
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_alive(pid), seconds=5)
+    service.stop(_folder(plan))
 
 
 def _folder(plan: Plan) -> Path:
     return plan.state_dir / "acme"
-
-
-def _pid(plan: Plan) -> int | None:
-    """Return the process id, if that process is still our server and not another's."""
-    try:
-        pid = int((_folder(plan) / "pid").read_text())
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        return None
-    return pid if str(_folder(plan)).encode() in arguments and is_alive(pid) else None
-
-
-def _own_certificate(plan: Plan) -> Path:
-    """Return what the server shows to its clients, signed by itself; its key ends in .key."""
-    path = _folder(plan) / "server.pem"
-    if path.exists():
-        return path
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "the sandbox's ACME server")])
-    now = datetime.now(UTC)
-    addresses = [x509.DNSName(ACME_HOST), x509.IPAddress(IPv4Address(plan.acme_ip))]
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=3650))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    path.with_suffix(".key").touch(mode=0o600)
-    path.with_suffix(".key").write_bytes(private)
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return path

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sandbox import machine, providers, snapshots
+from sandbox import aws_api, iam, machine, providers, snapshots
 from sandbox.host import Progress, SandboxError
 from sandbox.image import Image
 from sandbox.network import (
@@ -59,6 +59,7 @@ class Instance:
     private_ip: str
     temporary_ip: str
     name: str
+    profile: str = ""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +68,7 @@ class Cloud:
 
     `volumes`: size in GiB; `volume_tags`: their tags. `policies`: details of lifecycle policies.
     `attachments`: volume and instance. `associations`: allocation and instance. `records`: address.
+    `role_policies`: role and policy document. `profiles`: the role of an instance profile.
     """
 
     instances: dict[str, Instance] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class Cloud:
     groups: dict[str, str] = field(default_factory=dict)
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)
     records: dict[str, str] = field(default_factory=dict)
+    role_policies: dict[str, tuple[str, str]] = field(default_factory=dict)
+    profiles: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Cloud:
@@ -87,8 +91,8 @@ class Cloud:
             return cls()
         known = json.loads(path.read_text())
         known["instances"] = {id_: Instance(**row) for id_, row in known["instances"].items()}
-        for kind in ("attachments", "associations"):
-            known[kind] = {id_: tuple(row) for id_, row in known[kind].items()}
+        for kind in ("attachments", "associations", "role_policies"):
+            known[kind] = {id_: tuple(row) for id_, row in known.get(kind, {}).items()}
         return cls(**known)
 
     def save(self, path: Path) -> None:
@@ -161,6 +165,8 @@ class AwsProvider(Provider):
         elif resource.type == providers.LIFECYCLE_POLICY:
             with self._changing(seen=False):
                 self._cloud.policies[id_] = dict(inputs["policyDetails"])
+        elif resource.type in (providers.ROLE_POLICY, providers.INSTANCE_PROFILE):
+            self._remember_identity(resource.type, id_, inputs)
         return fresh
 
     def delete(self, type_: str, id_: str, inputs: Inputs, timeout: str) -> None:
@@ -246,18 +252,40 @@ class AwsProvider(Provider):
             self._cloud.records[id_] = inputs["records"][0]
         return id_, {"fqdn": inputs["name"]}
 
-    # IAM: there is none here. The engine's state is the only note of it.
+    # IAM: roles and their own policies are noted for whom a host asks (aws_api).
 
     def _note_identity(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
         name = inputs.get("name") or (
             f"{inputs.get('namePrefix', f'{resource.name}-')}{secrets.token_hex(4)}"
         )
         if resource.type == providers.ROLE_POLICY:
+            self._remember_identity(resource.type, f"{inputs['role']}:{name}", inputs)
             return f"{inputs['role']}:{name}", {"name": name}
         if resource.type == providers.ROLE_POLICY_ATTACHMENT:
             return f"{inputs['role']}/{inputs['policyArn']}", {}
-        kind = "role" if resource.type == providers.ROLE else "instance-profile"
+        kind = "role"
+        if resource.type == providers.INSTANCE_PROFILE:
+            self._remember_identity(resource.type, name, inputs)
+            kind = "instance-profile"
         return name, {"name": name, "arn": f"arn:aws:iam::000000000000:{kind}/{name}"}
+
+    def _remember_identity(self, type_: str, id_: str, inputs: Inputs) -> None:
+        with self._changing(seen=False):
+            if type_ == providers.ROLE_POLICY:
+                self._cloud.role_policies[id_] = (inputs["role"], inputs["policy"])
+            else:
+                self._cloud.profiles[id_] = inputs["role"]
+
+    def _tell_identities(self) -> None:
+        roles: dict[str, list[iam.Statement]] = {}
+        for role, policy in self._cloud.role_policies.values():
+            roles.setdefault(role, []).extend(json.loads(policy)["Statement"])
+        held = {
+            self._public_ip(id_): self._cloud.profiles[instance.profile]
+            for id_, instance in self._cloud.instances.items()
+            if instance.profile in self._cloud.profiles
+        }
+        aws_api.tell(self._plan, roles, held)
 
     # Security groups
 
@@ -381,6 +409,7 @@ class AwsProvider(Provider):
                 groups=list(inputs["vpcSecurityGroupIds"]),
                 private_ip=model.free_private_ip(inputs["subnetId"]),
                 temporary_ip=next(ip for ip in self._plan.temporary_ips if ip not in taken),
+                profile=inputs.get("iamInstanceProfile", ""),
             )
             self._cloud.instances[id_] = instance
         folder = self._plan.machine_dir(instance.machine) / "instance"
@@ -427,6 +456,7 @@ class AwsProvider(Provider):
         _size_of(inputs["instanceType"])
         with self._changing():
             instance.groups = list(inputs["vpcSecurityGroupIds"])
+            instance.profile = inputs.get("iamInstanceProfile", "")
         if instance.instance_type != inputs["instanceType"]:
             # As EC2 does: the type of a stopped instance is changed, then it is started again.
             machine.stop(self._plan, instance.machine)
@@ -460,6 +490,7 @@ class AwsProvider(Provider):
         with self._lock:
             yield
             self._cloud.save(self._path)
+            self._tell_identities()
             if seen:
                 self._apply()
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hostfiles.model import Release
-from sandbox import acme, hashes, host, image, machine, releases, snapshots, stacks, world
+from sandbox import acme, aws_api, hashes, host, image, machine, releases, snapshots, stacks, world
 from sandbox.aws import AwsProvider
 from sandbox.command import CommandProvider
 from sandbox.engine import Changes, Engine
@@ -144,6 +144,7 @@ def _up(chosen: argparse.Namespace, console: Console) -> int:
                 # What it signs with is known only once it runs.
                 world.ensure_networks(plan, given, Fabric(plan))
                 acme.ensure(plan, steps)
+                aws_api.ensure(plan, given.zone.name, given.zone.id, steps)
             config = world.resolve_given(project.config, plan, given)
             project = replace(project, config=config)
             changes, state, config, local = _converge(plan, project, given, asked, steps, console)

@@ -29,6 +29,7 @@ class DnsServer:
 
     zones: domains that it alone answers for, so that an unknown name in them is no such name
         and is not looked up in the real world.
+    delegated: names that another server answers for, and its address.
     cache: whether it may remember answers of those it asks.
     """
 
@@ -37,6 +38,7 @@ class DnsServer:
     records: Mapping[str, str] = field(default_factory=dict)
     upstreams: tuple[str, ...] = ()
     zones: tuple[str, ...] = ()
+    delegated: Mapping[str, str] = field(default_factory=dict)
     cache: bool = False
 
 
@@ -81,7 +83,7 @@ def apply(plan: Plan, servers: Sequence[DnsServer]) -> bool:
     wanted = {server.netns for server in servers}
     for stale in folder.iterdir():
         if stale.name not in wanted:
-            if pid := _running(stale):
+            if pid := running(stale):
                 os.kill(pid, signal.SIGTERM)
             shutil.rmtree(stale)
             changed = True
@@ -91,6 +93,11 @@ def apply(plan: Plan, servers: Sequence[DnsServer]) -> bool:
 def render_hosts(records: Mapping[str, str]) -> str:
     """Render records as a hosts file, always in the same order."""
     return "".join(f"{address} {name}\n" for name, address in sorted(records.items()))
+
+
+def render_servers(delegated: Mapping[str, str]) -> str:
+    """Render who answers for which names as dnsmasq reads it, always in the same order."""
+    return "".join(f"server=/{name}/{address}\n" for name, address in sorted(delegated.items()))
 
 
 def _command(folder: Path, server: DnsServer) -> list[str]:
@@ -106,6 +113,7 @@ def _command(folder: Path, server: DnsServer) -> list[str]:
         "--bind-interfaces",
         f"--listen-address={server.address}",
         f"--addn-hosts={folder / 'hosts'}",
+        f"--servers-file={folder / 'servers'}",
         f"--local-ttl={TTL_SECONDS}",
         f"--cache-size={1000 if server.cache else 0}",
         *(f"--server={upstream}" for upstream in server.upstreams),
@@ -115,31 +123,36 @@ def _command(folder: Path, server: DnsServer) -> list[str]:
 
 def _apply_one(folder: Path, server: DnsServer) -> bool:
     folder.mkdir(exist_ok=True)
-    hosts, flags = folder / "hosts", folder / "flags"
-    hosts_text, command = render_hosts(server.records), _command(folder, server)
+    flags, command = folder / "flags", _command(folder, server)
+    # What it reads again when it gets the signal.
+    texts = {
+        folder / "hosts": render_hosts(server.records),
+        folder / "servers": render_servers(server.delegated),
+    }
     netns_inode = (NETNS_DIR / server.netns).stat().st_ino
     flags_text = f"{netns_inode} {' '.join(command)}\n"
-    pid = _running(folder)
-    same_hosts = hosts.exists() and hosts.read_text() == hosts_text
-    if not same_hosts:
-        hosts.write_text(hosts_text)
-        # Read again after the program has given up root.
-        hosts.chmod(0o644)
+    pid = running(folder)
+    same = all(file.exists() and file.read_text() == text for file, text in texts.items())
+    if not same:
+        for file, text in texts.items():
+            file.write_text(text)
+            # Read again after the program has given up root.
+            file.chmod(0o644)
     if pid and flags.exists() and flags.read_text() == flags_text:
-        if not same_hosts:
+        if not same:
             os.kill(pid, signal.SIGHUP)
-        return not same_hosts
+        return not same
     if pid:
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: _running(folder) is None, seconds=2, step=0.01)
+        wait_until(lambda: running(folder) is None, seconds=2, step=0.01)
     (folder / "pid").unlink(missing_ok=True)
     run(["nsenter", f"--net={NETNS_DIR / server.netns}", *command], timeout=10)
     flags.write_text(flags_text)
     return True
 
 
-def _running(folder: Path) -> int | None:
-    """Return the process id, if that process is still our server and not another's."""
+def running(folder: Path) -> int | None:
+    """Return the process id, if that process is still the folder's server and not another's."""
     try:
         pid = int((folder / "pid").read_text())
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from sandbox import dns
 from sandbox.acme import ACME_HOST
+from sandbox.aws_api import ROUTE53_HOST
 from sandbox.host import SandboxError, run
 from sandbox.image import image_sources
 from sandbox.plan import NETNS_DIR, Plan, check_ranges
@@ -320,10 +321,13 @@ def dns_servers(plan: Plan, model: NetworkModel, upstreams: Sequence[str]) -> li
                 **model.public_names,
                 RELEASE_HOST: plan.releases_ip,
                 ACME_HOST: plan.acme_ip,
+                ROUTE53_HOST: plan.aws_ip,
             },
             upstreams=tuple(upstreams),
             # A private name asked for from outside its network does not exist.
             zones=tuple(dict.fromkeys((*model.zones, "example.net", "internal"))),
+            # Written by hosts themselves, through Route 53's API.
+            delegated={f"_acme-challenge.{name}": plan.aws_ip for name in model.public_names},
             cache=True,
         ),
         *(

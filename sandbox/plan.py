@@ -147,7 +147,12 @@ class Plan:
     @property
     def stranger_ips(self) -> tuple[str, ...]:
         """Public addresses for strangers."""
-        return tuple(str(self.service_range[n]) for n in range(20, 30))
+        return tuple(str(self.service_range[n]) for n in range(20, 29))
+
+    @property
+    def aws_ip(self) -> str:
+        """Route 53's API, and the name server of what hosts write by it."""
+        return str(self.service_range[29])
 
     @property
     def acme_ip(self) -> str:

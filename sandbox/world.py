@@ -75,7 +75,8 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """All that is given. acme: a public certificate authority is among it."""
+    """All that is given. acme: a public certificate authority is among it, and what hosts ask of
+    AWS to prove their names to it."""
 
     zone: Zone
     ami: str

@@ -13,9 +13,11 @@ import pytest
 from hostfiles import certificates, cloud_init, existing_master, node_exporter, slave
 from hostfiles.model import (
     Acme,
+    Challenge,
     ExistingMaster,
     ExistingMasterSecrets,
     FederatedSite,
+    Job,
     Leaf,
     ServerSecrets,
     SlaveServer,
@@ -31,12 +33,14 @@ def acme() -> Acme:
         email="operator@example.com",
         server="https://acme.example.org/dir",
         port=443,
+        challenge="http-01",
         roots=Authority().certificate,
         private=True,
     )
 
 
 @pytest.mark.machines
+@pytest.mark.parametrize("challenge", ["http-01", "dns-01"])
 @pytest.mark.parametrize("name", ["systemd units", "nginx's federation.conf"])
 def test_every_check_passes_before_there_is_a_certificate(
     tool_root: Root,
@@ -45,7 +49,9 @@ def test_every_check_passes_before_there_is_a_certificate(
     slave_secrets: Callable[..., ServerSecrets],
     acme: Acme,
     name: str,
+    challenge: Challenge,
 ) -> None:
+    acme = replace(acme, challenge=challenge)
     server = slave_server(acme=acme, alerting=alerting(tool_image.alertmanager_version))
     release = replace(server.prometheus, version=tool_image.prometheus_version)
     server = replace(server, prometheus=release)
@@ -75,8 +81,33 @@ def test_nothing_of_it_is_on_a_host_of_our_own_ca(
     }
 
 
-def test_user_data_has_room_for_it(slave_server: Callable[..., SlaveServer], acme: Acme) -> None:
-    host = slave.host_files(slave_server(acme=acme))
+METADATA = "169.254.169.254"
+
+
+def test_only_services_with_a_role_may_ask_the_metadata_service(
+    slave_server: Callable[..., SlaveServer], acme: Acme
+) -> None:
+    def may(server: SlaveServer) -> set[str]:
+        host = slave.host_files(server)
+        files = {file.path.rpartition("system/")[2]: file.content for file in host.files}
+        running = {name: text for name, text in files.items() if "\nProtectClock=" in text}
+        assert {"nginx.service.d/federation.conf", "prometheus.service"} <= running.keys()
+        for text in running.values():
+            assert f"\nIPAddressDeny={METADATA}\n" in text
+        return {name for name, text in running.items() if f"IPAddressAllow={METADATA}" in text}
+
+    assert may(slave_server()) == set()
+    assert may(slave_server(acme=acme)) == set()
+    assert may(slave_server(acme=replace(acme, challenge="dns-01"))) == {"certbot.service"}
+    fleet = Job(name="fleet", discovery={"ec2_sd_configs": [{}]}, discovered_ports=(9100,))
+    assert may(slave_server(jobs=(fleet,))) == {"prometheus.service"}
+
+
+@pytest.mark.parametrize("challenge", ["http-01", "dns-01"])
+def test_user_data_has_room_for_it(
+    slave_server: Callable[..., SlaveServer], acme: Acme, challenge: Challenge
+) -> None:
+    host = slave.host_files(slave_server(acme=replace(acme, challenge=challenge)))
     data = cloud_init.user_data(host, first_contact_key="k" * 400, first_contact_public="p")
     assert len(data) <= cloud_init.LIMIT
 

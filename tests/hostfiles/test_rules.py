@@ -86,7 +86,14 @@ def test_service_down_knows_each_unit_that_a_server_has(
             scope="",
             ca="system",
         ),
-        acme=Acme(email="", server="https://acme.example.net", port=443, roots=ca, private=True),
+        acme=Acme(
+            email="",
+            server="https://acme.example.net",
+            port=443,
+            challenge="http-01",
+            roots=ca,
+            private=True,
+        ),
     )
     host = master.host_files(server)
     service = next(file for file in host.files if file.path == node_exporter.SERVICE)

@@ -6,14 +6,18 @@ Whatever the authority does, or does not, the site is scraped every second and n
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
-from sandbox import acme, host, releases
+from sandbox import acme, aws_api, host, machine, releases
+from sandbox.aws import Cloud
 from sandbox.plan import NETNS_DIR
 from tests.sandbox.conftest import Sandbox, no_scrape_lost
 from tests.sandbox.probe import OPEN, SILENCE, knock
@@ -50,12 +54,13 @@ def public(sandbox: Sandbox) -> Iterator[Sandbox]:
     sandbox.wait(f"count_over_time({FEDERATE}[10s]) >= 9")
     yield sandbox
     acme.stop(sandbox.plan)
+    aws_api.stop(sandbox.plan)
 
 
-def signed_by(sandbox: Sandbox, authority: str) -> None:
-    """Changes who signs the certificate of site dublin."""
+def signed_by(sandbox: Sandbox, authority: str, challenge: str = "http-01") -> None:
+    """Changes who signs the certificate of site dublin, and how it proves its name."""
     slaves = sandbox.get("slaves")
-    slaves[0]["certificates"] = authority
+    slaves[0] |= {"certificates": authority, "challenge": challenge}
     sandbox.set(slaves=slaves)
     sandbox.up()
 
@@ -123,6 +128,105 @@ def test_ten_renewals_lose_no_scrape(public: Sandbox) -> None:
     assert len(serials) == RENEWALS + 1
 
 
+def trust_route_53(sandbox: Sandbox, site: str) -> None:
+    """Puts the one who plays Amazon here among those that a machine trusts."""
+    sandbox.inside(
+        site,
+        *("bash", "-c", "cat >/usr/local/share/ca-certificates/amazon.crt; update-ca-certificates"),
+        stdin=aws_api.certificate(sandbox.plan),
+    )
+
+
+def requests(sandbox: Sandbox) -> list[str]:
+    """What was asked of Route 53, and whether it was allowed."""
+    return (sandbox.plan.state_dir / "aws" / "log").read_text().splitlines()
+
+
+def test_a_record_proves_the_name_with_port_80_shut(public: Sandbox) -> None:
+    door = (public.public_ip("dublin"), 80)
+    trust_route_53(public, "dublin")
+    serials = {shown(public, "dublin", "-serial")}
+    with nothing_failed(public):
+        signed_by(public, "letsencrypt", "dns-01")
+        assert knock(None, [door])[door] == SILENCE
+        assert "ACME challenge" not in public.inside("dublin", "ufw", "status")
+        since = len(requests(public))
+        for _ in range(RENEWALS):
+            assert attempt(public, "dublin")
+            assert PUBLIC in shown(public, "dublin")
+            serials.add(shown(public, "dublin", "-serial"))
+    assert len(serials) == RENEWALS + 1
+    asked = requests(public)[since:]
+    changes = [line for line in asked if "route53:ChangeResourceRecordSets " in line]
+    record = "_acme-challenge.prometheus-slave.example.com"
+    assert all(line.startswith("allowed") and record in line for line in changes)
+    # Each record that was written was taken away.
+    assert sum("UPSERT" in line for line in changes) == RENEWALS
+    assert sum("DELETE" in line for line in changes) == RENEWALS
+
+
+# What who holds the credentials of a host can do by them.
+RIGHTS = """
+import boto3, botocore.exceptions, json
+ours = boto3.client("route53")
+held = boto3.Session().get_credentials()
+forged = boto3.client("route53", aws_access_key_id=held.access_key,
+                      aws_secret_access_key="x" * 40, aws_session_token=held.token)
+mine = "_acme-challenge.prometheus-slave.example.com"
+(zone,) = ours.list_hosted_zones()["HostedZones"]
+def change(action, name=mine, kind="TXT", value='"proof"', zone=zone["Id"], client=ours):
+    record = {"Name": name, "Type": kind, "TTL": 10, "ResourceRecords": [{"Value": value}]}
+    batch = {"Changes": [{"Action": action, "ResourceRecordSet": record}]}
+    try:
+        client.change_resource_record_sets(HostedZoneId=zone, ChangeBatch=batch)
+    except botocore.exceptions.ClientError as error:
+        return error.response["Error"]["Code"]
+    return "done"
+print(json.dumps({
+    "its own": [change("UPSERT"), change("DELETE")],
+    "of another host": change("UPSERT", "_acme-challenge.prometheus-master.example.com"),
+    "an address": change("UPSERT", "prometheus-slave.example.com", "A", "203.0.113.66"),
+    "another action": change("CREATE"),
+    "another zone": change("UPSERT", zone="Z00000000SANDBOX0002"),
+    "without the secret": change("UPSERT", client=forged),
+}))
+"""
+
+
+def test_the_hosts_role_writes_that_record_and_nothing_else(public: Sandbox) -> None:
+    as_certbot = ["runuser", "-u", "certbot", "--", "env"]
+    as_certbot += ["AWS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt", "python3", "-"]
+    assert json.loads(public.inside("dublin", *as_certbot, stdin=RIGHTS)) == {
+        "its own": ["done", "done"],
+        "of another host": "AccessDenied",
+        "an address": "AccessDenied",
+        "another action": "AccessDenied",
+        "another zone": "AccessDenied",
+        "without the secret": "SignatureDoesNotMatch",
+    }
+
+
+METADATA = "http://169.254.169.254/latest"
+STATUS = "curl --silent --max-time 5 --output /dev/null --write-out %{http_code}"
+TOKEN = f"$(curl -s -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' {METADATA}/api/token)"
+ROLE = f"{METADATA}/meta-data/iam/security-credentials/"
+
+
+def test_only_a_host_that_proves_its_name_by_a_record_has_a_role(public: Sandbox) -> None:
+    asked = f'{STATUS} -H "X-aws-ec2-metadata-token: {TOKEN}" {ROLE}'
+    assert public.script("dublin", asked) == "200"
+    assert public.script("dublin", f"{STATUS} {ROLE}") == "401"
+    assert public.script("master", asked) == "404"
+
+
+def test_it_goes_from_a_record_to_its_own_ca(public: Sandbox) -> None:
+    with nothing_failed(public):
+        signed_by(public, "ownCa")
+        assert OWN in shown(public, "dublin")
+    signed_by(public, "letsencrypt")
+    assert PUBLIC in shown(public, "dublin")
+
+
 def test_what_nginx_refuses_is_not_shown(public: Sandbox) -> None:
     before = shown(public, "dublin", "-serial")
     broken = "/run/public-certificate/nginx-broken.conf"
@@ -175,19 +279,62 @@ FORGET = "rm -rf /data/letsencrypt/*/accounts"
 
 
 @contextlib.contextmanager
-def port_80_shut(sandbox: Sandbox) -> Iterator[None]:
-    rule = "INPUT -p tcp --dport 80 -j DROP"
-    sandbox.script("dublin", f"iptables -I {rule}")
+def no_record(sandbox: Sandbox, name: str) -> Iterator[None]:
+    """The zone is not the one that the internet asks: it has no address of a name."""
+
+    def asked(cloud: Cloud) -> None:
+        cloud.save(path)
+        names = {id_.split("_")[1]: ip for id_, ip in cloud.records.items()}
+        sandbox.fabric.update(lambda model: replace(model, public_names=names))
+
+    path = sandbox.plan.state_dir / "cloud.json"
+    cloud = Cloud.load(path)
+    (id_,) = (id_ for id_ in cloud.records if f"_{name}_" in id_)
+    address = cloud.records.pop(id_)
+    asked(cloud)
     try:
         yield
     finally:
-        sandbox.script("dublin", f"iptables -D {rule}")
+        cloud = Cloud.load(path)
+        cloud.records[id_] = address
+        asked(cloud)
+
+
+def test_up_says_that_the_internet_knows_no_address_of_the_name(public: Sandbox) -> None:
+    account = public.get("letsEncrypt")
+    public.set(letsEncrypt=account | {"timeout": "30s"})
+    public.set(master=public.get("master") | {"certificates": "letsencrypt"})
+    with nothing_failed(public), no_record(public, "prometheus-master.example.com"):
+        told = public.refused()
+    assert "no certificate after 30 s. The site works with the one of our own CA" in told
+    assert "-> the authority finds no record of that name" in told
+    public.set(letsEncrypt=account)
+
+
+# What `up` runs on the master, which has no certificate yet.
+WAIT = """
+set -- $(sed -n 's/^ExecReload=//p' /etc/systemd/system/public-certificate.service)
+$1 $2 wait $4 $5 10
+"""
+
+
+@contextlib.contextmanager
+def port_80_shut(sandbox: Sandbox) -> Iterator[None]:
+    rule = "INPUT -p tcp --dport 80 -j DROP"
+    for site in ("dublin", "master"):
+        sandbox.script(site, f"iptables -I {rule}")
+    try:
+        yield
+    finally:
+        for site in ("dublin", "master"):
+            sandbox.script(site, f"iptables -D {rule}")
 
 
 @contextlib.contextmanager
 def nonces_rejected(sandbox: Sandbox) -> Iterator[None]:
     acme.start(sandbox.plan, releases.tool("pebble"), PEBBLE_WFE_NONCEREJECT="100")
-    sandbox.script("dublin", FORGET)
+    for site in ("dublin", "master"):
+        sandbox.script(site, FORGET)
     yield
 
 
@@ -204,31 +351,32 @@ def limit_reached(sandbox: Sandbox) -> Iterator[None]:
             server.kill()
 
 
-# The one that keeps its pebble is first: accounts and roots are gone with it.
-FAULTS: dict[str, tuple[Callable[[Sandbox], contextlib.AbstractContextManager[None]], str]] = {
-    "port 80 is shut": (port_80_shut, "Type:   connection"),
-    "it rejects every nonce": (nonces_rejected, "nonce"),
-    "its limit is reached": (limit_reached, "too many"),
+# What certbot says, and what `up` says then. The one that keeps its pebble is first: accounts and
+# roots are gone with it.
+Fault = Callable[[Sandbox], contextlib.AbstractContextManager[None]]
+FAULTS: dict[str, tuple[Fault, str, str]] = {
+    "port 80 is shut": (port_80_shut, "Type:   connection", "does not reach port 80 of this host"),
+    "it rejects every nonce": (nonces_rejected, "nonce", "nonce"),
+    "its limit is reached": (limit_reached, "too many", "the authority's rate limit is reached"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_old_certificate_serves_and_the_reason_is_told(public: Sandbox, fault: str) -> None:
-    broken, words = FAULTS[fault]
+    broken, words, remedy = FAULTS[fault]
     before = shown(public, "dublin", "-serial")
     since = f"--since=@{time.time():.0f}"
     with nothing_failed(public), broken(public):
         assert not attempt(public, "dublin")
         assert shown(public, "dublin", "-serial") == before
         public.wait(f'{METRIC}_failed_attempts{{site="dublin"}} >= 1')
+        assert remedy in public.script("master", WAIT, check=False)
     assert words in public.inside("dublin", "journalctl", "--unit=certbot", since)
 
 
 def test_a_slow_authority_with_another_root_is_waited_for(public: Sandbox) -> None:
     slow = {"PEBBLE_VA_NOSLEEP": "", "PEBBLE_VA_SLEEPTIME": "5"}
     acme.start(public.plan, releases.tool("pebble"), **slow)
-    public.set(letsEncrypt=public.get("letsEncrypt") | {"timeout": f"{WAIT_SECONDS}s"})
-    public.set(master=public.get("master") | {"certificates": "letsencrypt"})
     # Nobody trusts both roots here, so a scrape may fail: caRoot would have to name them both.
     public.up()
     roots = acme.roots(public.plan)
@@ -251,3 +399,69 @@ def test_a_slow_authority_with_another_root_is_waited_for(public: Sandbox) -> No
     host.run(["curl", "--silent", "--show-error", "--fail", "--config", login, query])
     public.wait(f"sum({METRIC}_shown) == 2")
     public.wait(f"sum({METRIC}_failed_attempts) == 0")
+
+
+def replaced(sandbox: Sandbox, **change: object) -> str:
+    """Changes the site of cork, or adds it; returns what `up` printed."""
+    dublin, *others = sandbox.get("slaves")
+    cork = {"site": "cork", "host": "slave-cork", "subnetId": "subnet-dublin"}
+    cork |= {"certificates": "letsencrypt"}
+    sandbox.set(slaves=[dublin, {**(others[0] if others else cork), **change}])
+    return sandbox.up()
+
+
+@contextlib.contextmanager
+def issuers(sandbox: Sandbox, site: str) -> Iterator[list[str]]:
+    """Who signed what a site shows, each time that it changes."""
+    seen: list[str] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.5):
+            with contextlib.suppress(AssertionError, host.SandboxError):
+                issuer = shown(sandbox, site)
+                if "issuer" in issuer and issuer not in seen[-1:]:
+                    seen.append(issuer)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_new_site_begins_with_its_own_ca_and_ends_with_the_public_one(public: Sandbox) -> None:
+    with issuers(public, "cork") as seen:
+        printed = replaced(public)
+    assert [OWN in issuer for issuer in seen] == [True, False]
+    assert PUBLIC in seen[-1]
+    assert "create Command slave-cork-public-certificate" in printed
+    public.wait('up{job="federate",site="cork"} == 1')
+
+
+# The key of the account, and when and by whom the certificate was signed.
+LINEAGE = """
+cd /data/letsencrypt/*/
+sha256sum accounts/*/*/*/private_key.json
+ls archive/prometheus-slave
+"""
+
+
+def orders(sandbox: Sandbox) -> int:
+    """How many certificates were asked for of pebble since it was started."""
+    return (sandbox.plan.state_dir / "acme" / "log").read_text().count("/order-plz")
+
+
+def test_another_instance_goes_on_with_account_and_certificate(public: Sandbox) -> None:
+    before = [shown(public, "cork", "-serial"), public.script("cork", LINEAGE), orders(public)]
+    old = public.machine("cork")
+    replaced(public, generation=2)
+    assert public.machine("cork") != old
+    assert old not in machine.machines(public.plan)
+    after = [shown(public, "cork", "-serial"), public.script("cork", LINEAGE), orders(public)]
+    assert after == before
+    # certbot of the new instance can use them, too.
+    assert attempt(public, "cork")
+    assert orders(public) == before[2] + 1

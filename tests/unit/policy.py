@@ -34,6 +34,10 @@ TRUSTED_SERVICES = {"ec2.amazonaws.com", "dlm.amazonaws.com"}
 # Actions that know no resource; a condition limits them.
 # https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonec2.html
 WITHOUT_ARN = {"ec2:DescribeAvailabilityZones", "ec2:DescribeInstances"}
+# Those that know neither, or whose resource has an id of its own each time: they only read.
+# https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonroute53.html
+WITHOUT_LIMIT = {"route53:ListHostedZones": "*", "route53:GetChange": "arn:aws:route53:::change/*"}
+CHANGE_RECORDS = "route53:ChangeResourceRecordSets"
 
 
 def every_type_is_a_known_one(run: Evaluated) -> Iterator[str]:
@@ -100,14 +104,14 @@ def rules_name_one_port_and_one_network(run: Evaluated) -> Iterator[str]:
 
 def nobody_comes_in_but_who_was_named(run: Evaluated) -> Iterator[str]:
     """EC2.18, EC2.53: operators on 22 and 443, masters on the port of federation. Anybody on 80
-    where a public authority signs, as it looks there from addresses that it does not publish."""
+    where a public authority looks there, which it does from addresses that it does not publish."""
     operators = set(_setting(run, "operatorCidrs"))
     own = {f"{_address(run, eip)}/32" for eip in run.recorder.of_type(providers.EIP)}
     masters = own | set((_setting(run, "existingMaster") or {}).get("cidrs", []))
     allowed = {22: operators, 443: operators, FEDERATION_PORT: masters}
     for rule in run.recorder.of_type(providers.INGRESS_RULE):
         port, network = rule.inputs["fromPort"], rule.inputs.get("cidrIpv4")
-        public = (port, network) == (80, ANYWHERE) and _is_public(run, rule)
+        public = (port, network) == (80, ANYWHERE) and _challenge(run, rule) == "http-01"
         if network not in allowed.get(port, set()) and not public:
             yield f"{rule.name}: lets {network} in on {port}, which no setting asks for"
 
@@ -141,20 +145,43 @@ def rights_are_exact(run: Evaluated) -> Iterator[str]:
                     yield f"{policy.name}: allows {action}"
             for arn in _list(statement.get("Resource", [])):
                 limited = "Condition" in statement and WITHOUT_ARN.issuperset(statement["Action"])
-                if "*" in arn and not limited:
+                reads = all(WITHOUT_LIMIT.get(a) == arn for a in _list(statement["Action"]))
+                if "*" in arn and not limited and not reads:
                     yield f"{policy.name}: on {arn}"
 
 
+def one_txt_record_is_all_that_a_host_may_write(run: Evaluated) -> Iterator[str]:
+    """The one that proves its own name, in the zone of the settings; and no request may leave out
+    what it changes."""
+    (zone,) = {record.inputs["zoneId"] for record in run.recorder.of_type(providers.RECORD)}
+    for policy in run.recorder.of_type(providers.ROLE_POLICY):
+        for statement in json.loads(policy.inputs["policy"])["Statement"]:
+            if CHANGE_RECORDS not in _list(statement.get("Action", [])):
+                continue
+            fqdn = run.recorder.one(providers.RECORD, policy.name).inputs["name"]
+            only = {
+                f"{CHANGE_RECORDS}NormalizedRecordNames": [f"_acme-challenge.{fqdn}"],
+                f"{CHANGE_RECORDS}RecordTypes": ["TXT"],
+                f"{CHANGE_RECORDS}Actions": ["UPSERT", "DELETE"],
+            }
+            given = dict.fromkeys(only, "false")
+            if statement.get("Condition") != {"ForAllValues:StringEquals": only, "Null": given}:
+                yield f"{policy.name}: may write other records than that of _acme-challenge.{fqdn}"
+            if statement["Resource"] != f"arn:aws:route53:::hostedzone/{zone}":
+                yield f"{policy.name}: may write to {statement['Resource']}"
+
+
 def an_instance_has_no_rights_that_it_does_not_use(run: Evaluated) -> Iterator[str]:
-    """A profile only where a job of that host discovers instances."""
-    discovers = {"master"} if "ec2_sd_configs" in str(_setting(run, "master")) else set()
-    for slave in _setting(run, "slaves"):
-        discovers |= {f"slave-{slave['site']}"} if "ec2_sd_configs" in str(slave) else set()
+    """A profile only where a job of that host discovers instances, or where a record proves its
+    name, and in it what that one needs."""
     for instance in run.recorder.of_type(providers.INSTANCE):
-        if "iamInstanceProfile" in instance.inputs and not any(
-            instance.name.startswith(f"{host}-") for host in discovers
-        ):
-            yield f"{instance.name}: has a profile and discovers nothing"
+        if "iamInstanceProfile" in instance.inputs and not _services(run, instance):
+            yield f"{instance.name}: has a profile and asks nothing of AWS"
+    for policy in run.recorder.of_type(providers.ROLE_POLICY):
+        for statement in json.loads(policy.inputs["policy"])["Statement"]:
+            for action in _list(statement.get("Action", [])):
+                if action.partition(":")[0] not in _services(run, policy):
+                    yield f"{policy.name}: may {action} and has no use for it"
 
 
 def secrets_are_marked(run: Evaluated) -> Iterator[str]:
@@ -231,6 +258,7 @@ RULES = (
     nobody_comes_in_but_who_was_named,
     nothing_goes_anywhere_unless_named,
     rights_are_exact,
+    one_txt_record_is_all_that_a_host_may_write,
     an_instance_has_no_rights_that_it_does_not_use,
     secrets_are_marked,
     user_data_holds_no_secret,
@@ -249,12 +277,26 @@ def _setting(run: Evaluated, key: str) -> Any:
     return run.project.config.get(f"{NAMESPACE}:{key}") or []
 
 
-def _is_public(run: Evaluated, rule: Resource) -> bool:
-    """Whether it is a rule of a server that a public authority signs for."""
+def _server(run: Evaluated, resource: Resource) -> dict[str, Any]:
+    """The settings of the server that a resource is of."""
     servers = {f"slave-{slave['site']}": slave for slave in _setting(run, "slaves")}
     servers["master"] = _setting(run, "master") or {}
-    (server,) = (known for name, known in servers.items() if rule.name.startswith(f"{name}-"))
-    return server.get("certificates", _setting(run, "certificates")) == "letsencrypt"
+    found = (known for name, known in servers.items() if f"{resource.name}-".startswith(f"{name}-"))
+    return next(found)
+
+
+def _challenge(run: Evaluated, resource: Resource) -> str | None:
+    """How the server of a resource proves its name; None where no public authority signs."""
+    server = _server(run, resource)
+    if server.get("certificates", _setting(run, "certificates")) != "letsencrypt":
+        return None
+    return server.get("challenge", _setting(run, "letsEncrypt").get("challenge", "http-01"))
+
+
+def _services(run: Evaluated, resource: Resource) -> set[str]:
+    """The services of AWS that the server of a resource has something to ask."""
+    discovery = {"ec2"} if "ec2_sd_configs" in str(_server(run, resource)) else set()
+    return discovery | ({"route53"} if _challenge(run, resource) == "dns-01" else set())
 
 
 def _address(run: Evaluated, eip: Resource) -> str:

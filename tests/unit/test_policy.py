@@ -18,13 +18,13 @@ from tests.unit import policy
 from tests.unit.conftest import Evaluated, run_program
 
 Rule = Callable[[Evaluated], Any]
-DISCOVERY = "slave-ohio-discovery"
+DISCOVERY = "slave-ohio"
 
 
 @pytest.fixture(scope="module")
 def rich() -> Evaluated:
     """An environment with all that a user may add: two regions, discovery, a restored volume, a
-    public authority, an existing master, Grafana, an operator from anywhere."""
+    public authority by both challenges, an existing master, Grafana, an operator from anywhere."""
     tagged = {"region": "us-east-2", "filters": [{"name": "tag:monitor", "values": ["yes"]}]}
     ohio = {
         "site": "ohio",
@@ -39,7 +39,12 @@ def rich() -> Evaluated:
     return run_program(
         slaves=[ohio],
         letsEncrypt={"email": "operator@example.com", "agreeToTerms": True},
-        master={"host": "prometheus-master", "grafana": grafana},
+        master={
+            "host": "prometheus-master",
+            "grafana": grafana,
+            "certificates": "letsencrypt",
+            "challenge": "dns-01",
+        },
         existingMaster={"host": "m.example.com", "cidrs": ["203.0.113.9/32"]},
         operatorCidrs=["0.0.0.0/0", "203.0.113.7/32"],
     )
@@ -76,11 +81,11 @@ def with_inputs(**inputs: Any) -> Callable[[Resource], Mapping[str, Any]]:
 
 
 def with_statement(key: str, **statement: Any) -> Callable[[Resource], Mapping[str, Any]]:
-    """A change of the one statement of a policy document."""
+    """A change of the first statement of a policy document."""
 
     def change(old: Resource) -> Mapping[str, Any]:
         document = json.loads(old.inputs[key])
-        document["Statement"] = [{**document["Statement"][0], **statement}]
+        document["Statement"][0] |= statement
         return {"inputs": {**old.inputs, key: json.dumps(document)}}
 
     return change
@@ -106,6 +111,16 @@ def with_schedule(**more: Any) -> Callable[[Resource], Mapping[str, Any]]:
 
     return change
 
+
+CHANGE = "route53:ChangeResourceRecordSets"
+# A condition on which records a host may write: those of the master.
+NARROW = {
+    "ForAllValues:StringEquals": {
+        f"{CHANGE}NormalizedRecordNames": ["_acme-challenge.prometheus-master.example.com"],
+        f"{CHANGE}RecordTypes": ["TXT"],
+        f"{CHANGE}Actions": ["UPSERT", "DELETE"],
+    }
+}
 
 Case = tuple[Rule, str, str, Callable[[Resource], Mapping[str, Any]]]
 INSTANCE, RULE_IN, RULE_OUT = providers.INSTANCE, providers.INGRESS_RULE, providers.EGRESS_RULE
@@ -337,7 +352,32 @@ BROKEN_RIGHTS: list[Case] = [
         with_inputs(policyArn="arn:aws:iam::aws:policy/AdministratorAccess"),
     ),
     (
-        # A public authority signs for the slave, and not for the master.
+        policy.rights_are_exact,
+        "master",
+        providers.ROLE_POLICY,
+        # To read about changes is no reason to read about zones.
+        with_statement("policy", Action=["route53:GetHostedZone"], Resource="*"),
+    ),
+    (
+        policy.one_txt_record_is_all_that_a_host_may_write,
+        "master",
+        providers.ROLE_POLICY,
+        with_statement("policy", Condition=NARROW | {"Null": {}}),
+    ),
+    (
+        policy.one_txt_record_is_all_that_a_host_may_write,
+        "master",
+        providers.ROLE_POLICY,
+        with_statement("policy", Resource="arn:aws:route53:::hostedzone/Z-other.example.com"),
+    ),
+    (
+        policy.an_instance_has_no_rights_that_it_does_not_use,
+        "master",
+        providers.ROLE_POLICY,
+        with_statement("policy", Action=["ec2:DescribeInstances"]),
+    ),
+    (
+        # The authority looks on the slave's port 80, and for the master into the zone.
         policy.nobody_comes_in_but_who_was_named,
         UI_RULE,
         RULE_IN,

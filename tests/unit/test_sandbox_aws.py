@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from sandbox import providers, snapshots
-from sandbox.aws import AwsProvider
+from sandbox.aws import AwsProvider, Cloud, Instance
 from sandbox.host import SandboxError
 from sandbox.image import Image
 from sandbox.network import Fabric, NetworkModel
@@ -17,6 +18,9 @@ from sandbox.plan import Plan
 from sandbox.program import Resource
 from sandbox.progress import silent
 from sandbox.world import load_world, with_world
+
+NOTHING = json.dumps({"Statement": []})
+SOMETHING = json.dumps({"Statement": [{"Effect": "Allow", "Action": "a:B", "Resource": "*"}]})
 
 
 @pytest.fixture
@@ -31,15 +35,54 @@ def create(aws: AwsProvider, type_: str, **inputs: Any) -> tuple[str, dict[str, 
     return aws.create(resource, inputs)
 
 
-def test_roles_are_noted_and_do_nothing(aws: AwsProvider) -> None:
+def test_roles_are_noted(aws: AwsProvider) -> None:
     name, role = create(aws, providers.ROLE, namePrefix="watch-")
     assert name.startswith("watch-")
     assert role["arn"] == f"arn:aws:iam::000000000000:role/{name}"
-    policy, _ = create(aws, providers.ROLE_POLICY, role=name, name="read")
+    policy, _ = create(aws, providers.ROLE_POLICY, role=name, name="read", policy=NOTHING)
     assert policy == f"{name}:read"
     profile, outputs = create(aws, providers.INSTANCE_PROFILE, role=name)
     assert profile.startswith("watcher-")
     assert (outputs["name"], outputs["role"]) == (profile, name)
+
+
+def told(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "aws" / "roles.json").read_text())
+
+
+def test_the_metadata_service_hears_which_instance_has_which_role_as_long_as_it_has(
+    aws: AwsProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aws, "_apply", lambda: None)
+    role, _ = create(aws, providers.ROLE, namePrefix="watch-")
+    policy, _ = create(aws, providers.ROLE_POLICY, role=role, policy=NOTHING)
+    profile, _ = create(aws, providers.INSTANCE_PROFILE, role=role)
+    aws._cloud.instances["i-1"] = Instance(
+        machine="m",
+        image_id="ami",
+        instance_type="t3.micro",
+        subnet_id="subnet-dublin",
+        groups=[],
+        private_ip="10.20.1.128",
+        temporary_ip="203.0.113.40",
+        name="watcher",
+        profile=profile,
+    )
+    aws._remember_identity(providers.ROLE_POLICY, policy, {"role": role, "policy": SOMETHING})
+    assert told(tmp_path)["holders"] == {"203.0.113.40": role}
+    assert told(tmp_path)["roles"] == {role: json.loads(SOMETHING)["Statement"]}
+    aws._cloud.associations["eipassoc-1"] = ("eipalloc-1", "i-1")
+    aws._cloud.addresses["eipalloc-1"] = "198.51.100.40"
+    aws._tell_identities()
+    assert told(tmp_path)["holders"] == {"198.51.100.40": role}
+    reloaded = Cloud.load(tmp_path / "cloud.json")
+    assert (reloaded.profiles, reloaded.role_policies) == (
+        {profile: role},
+        {policy: (role, SOMETHING)},
+    )
+    aws.delete(providers.INSTANCE_PROFILE, profile, {}, "")
+    aws.delete(providers.ROLE_POLICY, policy, {}, "")
+    assert told(tmp_path) == {"roles": {}, "holders": {}}
 
 
 def test_given_hosts_keep_their_public_addresses_beside_the_programs_own(

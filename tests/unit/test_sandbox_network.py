@@ -218,6 +218,17 @@ def test_private_names_stay_in_their_network(model: NetworkModel, tmp_path: Path
     assert dublin.address == "10.20.0.2"
 
 
+def test_who_asks_for_a_challenge_is_sent_to_route_53(model: NetworkModel, tmp_path: Path) -> None:
+    plan = Plan(0, tmp_path)
+    model = replace(model, public_names={"a.example.com": "198.51.100.1"})
+    inet, *others = dns_servers(plan, model, ["192.0.2.53"])
+    assert dns.render_servers(inet.delegated) == (
+        f"server=/_acme-challenge.a.example.com/{plan.aws_ip}\n"
+    )
+    assert inet.records["route53.amazonaws.com"] == plan.aws_ip
+    assert not any(other.delegated for other in others)
+
+
 def test_name_servers_are_read_and_ipv6_left_out():
     text = "# c\nnameserver 192.0.2.53\nnameserver fe80::1%eth0\nsearch x\nnameserver 127.0.0.53\n"
     assert dns.parse_nameservers(text) == ["192.0.2.53", "127.0.0.53"]

@@ -358,6 +358,18 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "False",
         "set it to true",
     ),
+    "a challenge that needs port 443": (
+        lambda g: account(g, challenge="tls-alpn-01"),
+        "letsEncrypt.challenge",
+        "'tls-alpn-01'",
+        "'http-01' or 'dns-01'",
+    ),
+    "a host with another challenge than there is": (
+        lambda g: first_slave(g, challenge="dns"),
+        "slaves[0].challenge",
+        "'dns'",
+        "'http-01' or 'dns-01'",
+    ),
     "an account of nobody": (
         lambda g: account(g, email="operator"),
         "letsEncrypt.email",
