@@ -288,16 +288,13 @@ def test_killed_at_its_steps_its_file_is_old_or_new_and_the_next_up_finishes(hub
             killed_at(sandbox, step, "sh", "-c", command, stdin=stdin)
             assert config(sandbox) in (CONFIG, WITH_LINE), step
 
-    kill(REMOVE_STEPS, existing_master.remove(delivery["owner"]))
-    sandbox.set(existingMaster={})
-    sandbox.up()
+    sandbox.script(HUB, existing_master.remove(delivery["owner"]))
+    sandbox.forget(existing_master.NAME)
     assert config(sandbox) == CONFIG
-    assert "federat" not in sandbox.script(HUB, "ls -A /opt")
     bare = sandbox.script(HUB, SNAPSHOT)
 
     kill(INSTALL_STEPS, existing_master.INSTALL, json.dumps(delivery))
     assert sandbox.script(HUB, SNAPSHOT) != bare
-    sandbox.set(existingMaster=settings())
     sandbox.up()
     assert config(sandbox) == WITH_LINE
     delivery = sent(sandbox)
@@ -306,8 +303,9 @@ def test_killed_at_its_steps_its_file_is_old_or_new_and_the_next_up_finishes(hub
     assert query(sandbox, 'up{job="federate",site="dublin"} == 1')
     assert "no changes" in deliver(sandbox, delivery).stdout
 
-    sandbox.script(HUB, existing_master.remove(delivery["owner"]))
-    sandbox.forget(existing_master.NAME)
+    kill(REMOVE_STEPS, existing_master.remove(delivery["owner"]))
+    sandbox.set(existingMaster={})
+    sandbox.up()
     assert sandbox.script(HUB, SNAPSHOT) == bare
     no_scrape_missed(sandbox, began)
 
