@@ -288,8 +288,6 @@ PROGRAM = "bin/monitored-host"
 INSTALL_STEPS = (
     # Run out of the delivery, its source has no path.
     ("monitored-host", "write_programs", "/opt/.federation/bin"),
-    # Only what it runs is killed: it undoes all of it.
-    ("bin/apply-bundle", "converge", ""),
     ("monitored-host", "apply_bundle", ""),
     ("monitored-host", "firewall", ""),
     ("monitored-host", "run", "'comment'"),
@@ -326,6 +324,11 @@ def test_a_host_is_left_exactly_as_it_was_however_often_both_ways_were_killed(
     assert "removed" in sandbox.script(name, remove)
     # Where `up` serves the exporter's release from, too.
     with ReleaseServer(sandbox.plan):
+        # Only what it runs is killed: it undoes all of it.
+        step = Step("converge", "", name, program="bin/apply-bundle")
+        shell = ("sh", "-c", monitored_host.INSTALL)
+        killed_at(sandbox, step, *shell, stdin=delivery, told="Killed; run it again")
+        assert sandbox.script(name, SNAPSHOT) == before
         kill(INSTALL_STEPS, monitored_host.INSTALL, delivery)
     sandbox.forget(f"slave-dublin-{host['host']}")
     sandbox.up()
