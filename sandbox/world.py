@@ -490,7 +490,7 @@ def destroy(plan: Plan) -> list[str]:
     removed: list[str] = []
     where = cgroups()
     groups = [tree / plan.prefix for tree in where.trees]
-    names = {p.name for group in groups if group.is_dir() for p in group.iterdir() if p.is_dir()}
+    names = {p.parent.name for group in groups for p in group.glob("*/launcher")}
     existed = any(group.is_dir() for group in groups)
     machine.kill_groups(groups)
     removed += [f"machine {name}" for name in sorted(names)]

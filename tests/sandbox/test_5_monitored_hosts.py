@@ -307,7 +307,7 @@ def test_a_host_is_left_exactly_as_it_was_however_often_both_ways_were_killed(
     quick: Sandbox,
 ) -> None:
     sandbox, without = quick, hosts(quick)
-    host, name = add_host(sandbox, 5, ufw=True), "core05"
+    host, name = add_host(sandbox, 10, ufw=True), "core10"
     sandbox.up("--no-verify")
     sandbox.script(name, f"runuser -u {USER} -- sudo true")
     before = sandbox.script(name, SNAPSHOT)

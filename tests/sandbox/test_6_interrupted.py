@@ -103,7 +103,9 @@ def armed(sandbox: Sandbox, step: Step) -> Iterator[None]:
     try:
         yield
     finally:
-        sandbox.script(step.host, f"rm -r {HOOK}.pth {HOOK}.py $(dirname {HOOK})/__pycache__")
+        sandbox.script(
+            step.host, f"rm -r {HOOK}.pth {HOOK}.py; rm -rf $(dirname {HOOK})/__pycache__"
+        )
 
 
 def killed_at(
@@ -496,7 +498,9 @@ def test_of_two_bundles_at_once_the_second_waits_and_is_in_force_wholly(
         return provider.create(resource, given)[1]["stdout"]
 
     def waits() -> bool:
-        found = pair.script("dublin", "find /proc/[0-9]*/fd -lname '*/apply-bundle.lock'")
+        found = pair.script(
+            "dublin", "find /proc/[0-9]*/fd -lname '*/apply-bundle.lock' 2>&-; true"
+        )
         return len(found.splitlines()) == 2
 
     with ThreadPoolExecutor(2) as beside:
