@@ -160,9 +160,10 @@ def test_a_record_proves_the_name_with_port_80_shut(public: Sandbox) -> None:
     changes = [line for line in asked if "route53:ChangeResourceRecordSets " in line]
     record = "_acme-challenge.prometheus-slave.example.com"
     assert all(line.startswith("allowed") and record in line for line in changes)
-    # Each record that was written was taken away.
-    assert sum("UPSERT" in line for line in changes) == RENEWALS
-    assert sum("DELETE" in line for line in changes) == RENEWALS
+    # Each record that was written was taken away. Whoever waits too long for an answer asks again.
+    assert sum("UPSERT" in line for line in changes) >= RENEWALS
+    assert sum("DELETE" in line for line in changes) >= RENEWALS
+    assert "DELETE" in changes[-1]
 
 
 # What who holds the credentials of a host can do by them.
