@@ -27,7 +27,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def test_a_hash_is_computed_once_and_known_the_next_time(computed: list[bytes]) -> None:
-    cheap, dearer = bcrypt.gensalt(4), bcrypt.gensalt(5)
+    cheap, dearer = (b"$2b$%02d$%b" % (cost, b"." * 22) for cost in (4, 5))
     with hashes.remembered({}) as first:
         made = [bcrypt.hashpw(b"one", salt) for salt in (cheap, dearer, cheap)]
     assert made[0] == made[2] != made[1]
@@ -46,7 +46,7 @@ def test_a_state_keeps_them_and_shows_neither_them_nor_passwords(tmp_path: Path)
     state = State.load(tmp_path / "state.json")
     with hashes.remembered({}) as asked:
         state.hashes = Secret(asked)
-        made = bcrypt.hashpw(b"canary", bcrypt.gensalt(4)).decode()
+        made = bcrypt.hashpw(b"canary", b"$2b$04$" + b"." * 22).decode()
         state.save()
     text = state.path.read_text()
     assert made not in text
