@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sandbox import acme, host, machine
 from sandbox.machine import Device
+from sandbox.progress import silent
 from tests.sandbox import test_7_letsencrypt as public
 from tests.sandbox.conftest import Sandbox
 from tests.sandbox.notified import (
@@ -390,7 +391,7 @@ def hurry(sandbox: Sandbox) -> None:
 def test_the_other_alerts_fire_for_their_faults_and_clear(
     fresh: Sandbox, results: Callable[..., None], tmp_path: Path
 ) -> None:
-    host.install(lambda _: contextlib.nullcontext(), {"strace": "strace"})
+    host.install(silent, {"strace": "strace"})
     fresh.world["acme"] = True
     slaves = fresh.get("slaves")
     slaves[0]["certificates"] = "letsencrypt"
