@@ -35,7 +35,7 @@ getent passwd; getent group; systemctl list-unit-files --no-legend
 
 
 @pytest.fixture(scope="module")
-def quick(sandbox: Sandbox) -> Sandbox:
+def quick(sandbox: Sandbox) -> Iterator[Sandbox]:
     """The shared sandbox, whose slave scrapes its hosts every few seconds."""
     slaves = sandbox.get("slaves")
     # Whatever tests before these took out of it.
@@ -45,7 +45,11 @@ def quick(sandbox: Sandbox) -> Sandbox:
     sandbox.up()
     seen = f"sum_over_time(up{{{JOB}}}[{5 * INTERVAL_SECONDS}s]) >= 4"
     ask(sandbox, f"count({seen}) >= {len(CORES)}", seconds=60)
-    return sandbox
+    yield sandbox
+    # The next `up` brings the interval of all others back to this job.
+    slaves = sandbox.get("slaves")
+    del slaves[0]["jobs"][0]["scrape_interval"]
+    sandbox.set(slaves=slaves)
 
 
 def change_slave(sandbox: Sandbox, **change: Any) -> None:
