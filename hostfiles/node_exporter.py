@@ -27,7 +27,7 @@ STATE_DIRECTORY = "/var/lib/node_exporter"
 _UNITS = (
     "(alertmanager|data-volume|federation-watch|grafana|nginx|node_exporter|oauth2-proxy|"
     "prometheus|prometheus-backup|public-certificate|ssh|ufw)[.]service|"
-    "(federation-watch|prometheus-backup)[.]timer"
+    "(apt-daily|apt-daily-upgrade|certbot|federation-watch|prometheus-backup)[.]timer"
 )
 
 

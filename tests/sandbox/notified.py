@@ -99,6 +99,19 @@ class Listener:
         )
         assert wanted - self.fired(receiver, since) == set()
 
+    def wait_for_units(self, alert: str, since: float, wanted: set[tuple[str, str]]) -> None:
+        """Until the team was told of just these, each a server and a systemd unit there."""
+
+        def named() -> set[tuple[str, str]]:
+            return {
+                (one.server, one.labels["name"])
+                for one in self.told
+                if (one.alert, one.receiver) == (alert, "team") and one.at >= since
+            }
+
+        host.wait_until(lambda: wanted <= named(), seconds=self.patience, step=1)
+        assert named() == wanted
+
     def wait_for_quiet(self) -> None:
         """Until nothing fires any more."""
         self.wait_until_over(lambda alert, _: alert not in self.ignored)
