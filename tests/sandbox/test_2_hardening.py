@@ -43,14 +43,19 @@ WEAK = (
 
 
 def ssh(
-    sandbox: Sandbox, server: str, *options: str, command: str = "true", key: Path | None = None
+    sandbox: Sandbox,
+    server: str,
+    *options: str,
+    command: str = "true",
+    key: Path | None = None,
+    under: tuple[str, ...] = (),
 ) -> str:
-    """What an operator's ssh says, or that of who has another key."""
+    """What an operator's ssh says (run by another program), or that of who has another key."""
     folder = sandbox.plan.state_dir / "outputs"
     shown = str(key or folder / "operator.key")
-    argv = ["ssh", "-F", "none", "-i", shown, "-o", "IdentitiesOnly=yes"]
+    argv = [*under, "ssh", "-F", "none", "-i", shown, "-o", "IdentitiesOnly=yes"]
     argv += ["-o", f"UserKnownHostsFile={folder / 'known_hosts'}", "-o", "BatchMode=yes"]
-    argv += [*options, f"admin@{sandbox.public_ip(server)}", command]
+    argv += [*options, f"admin@{sandbox.public_ip(server)}", *([command] if command else [])]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout + done.stderr
 
@@ -100,6 +105,73 @@ def test_no_password_is_asked_for_and_root_is_refused(sandbox: Sandbox) -> None:
     assert "Permission denied (publickey)." in password
     root = ssh(sandbox, "master", "-l", "root")
     assert "Permission denied (publickey)." in root
+
+
+def test_after_three_wrong_keys_the_right_one_is_not_looked_at(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    wrong = [tmp_path / str(number) for number in range(3)]
+    for key in wrong:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    right = sandbox.plan.state_dir / "outputs" / "operator.key"
+
+    def told(first: Path, *others: Path) -> str:
+        more = [word for key in (*others, right) for word in ("-i", str(key))]
+        return ssh(sandbox, "master", *more, command="id -un", key=first)
+
+    assert told(*wrong[:2]).endswith("admin\n")
+    assert "Too many authentication failures" in told(*wrong)
+
+
+# Of what listens there, so that a shut port is not taken for a refusal.
+LEADS = [
+    ("dublin", "core01.example.internal:22", True),
+    ("dublin", "core01.example.internal:9100", False),
+    ("dublin", "127.0.0.1:9090", False),
+    # The master of the sandbox monitors no hosts.
+    ("master", "127.0.0.1:22", False),
+    ("master", "127.0.0.1:9090", False),
+]
+
+
+@pytest.mark.parametrize(("server", "target", "let"), LEADS)
+def test_ssh_leads_on_to_the_ssh_of_monitored_hosts_alone(
+    sandbox: Sandbox, server: str, target: str, let: bool
+) -> None:
+    told = ssh(sandbox, server, "-W", target, command="")
+    if let:
+        assert told.startswith("SSH-2.0-")
+    else:
+        assert "administratively prohibited: open failed" in told
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("end", ["127.0.0.1:4444", "/home/admin/way"])
+def test_no_port_or_socket_of_a_server_leads_back_to_the_operator(
+    sandbox: Sandbox, server: str, end: str
+) -> None:
+    back = ("-o", "ExitOnForwardFailure=yes", "-R", f"{end}:127.0.0.1:1")
+    assert "remote port forwarding failed for listen p" in ssh(sandbox, server, *back)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_neither_the_operators_agent_nor_his_screen_is_lent_to_a_server(
+    sandbox: Sandbox, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPLAY", ":9")
+    # Without that program a server lends no screen, whatever it is told.
+    sandbox.script(server, "! test -e /usr/bin/xauth && ln -s /bin/true /usr/bin/xauth")
+    try:
+        told = ssh(
+            sandbox,
+            server,
+            *("-A", "-X"),
+            command="echo agent:$SSH_AUTH_SOCK screen:$DISPLAY",
+            under=("ssh-agent",),
+        )
+    finally:
+        sandbox.script(server, "rm /usr/bin/xauth")
+    assert told.endswith("agent: screen:\n")
 
 
 # ---- the journal -------------------------------------------------------------------------------
