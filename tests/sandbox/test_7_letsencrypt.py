@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -112,8 +113,9 @@ def test_a_running_site_changes_its_authority_and_goes_back(public: Sandbox) -> 
         signed_by(public, "ownCa")
         assert OWN in shown(public, "dublin")
         assert knock(None, [door])[door] == SILENCE
-        timers = public.inside("dublin", "systemctl", "list-timers", "--no-pager")
-        assert "certbot" not in timers
+        # Nor is there the package's own, stopped, of which TimerStopped would tell.
+        units = ("list-units", "--all", "--type=timer", "--no-pager")
+        assert "certbot" not in public.inside("dublin", "systemctl", *units)
         assert not public.script("dublin", "ls /run/public-certificate 2>/dev/null", check=False)
         signed_by(public, "letsencrypt")
         assert PUBLIC in shown(public, "dublin")
@@ -402,12 +404,13 @@ def test_a_slow_authority_with_another_root_is_waited_for(public: Sandbox) -> No
     public.wait(f"sum({METRIC}_failed_attempts) == 0")
 
 
-def replaced(sandbox: Sandbox, **change: object) -> str:
-    """Changes the site of cork, or adds it; returns what `up` printed."""
-    dublin, *others = sandbox.get("slaves")
-    cork = {"site": "cork", "host": "slave-cork", "subnetId": "subnet-dublin"}
-    cork |= {"certificates": "letsencrypt"}
-    sandbox.set(slaves=[dublin, {**(others[0] if others else cork), **change}])
+def with_site(sandbox: Sandbox, site: str, **change: object) -> str:
+    """Changes a site, or adds it with a public certificate; returns what `up` printed."""
+    sites = {slave["site"]: slave for slave in sandbox.get("slaves")}
+    new = {"site": site, "host": f"slave-{site}", "subnetId": "subnet-dublin"}
+    new |= {"certificates": "letsencrypt"}
+    sites[site] = {**sites.get(site, new), **change}
+    sandbox.set(slaves=list(sites.values()))
     return sandbox.up()
 
 
@@ -435,7 +438,7 @@ def issuers(sandbox: Sandbox, site: str) -> Iterator[list[str]]:
 
 def test_a_new_site_begins_with_its_own_ca_and_ends_with_the_public_one(public: Sandbox) -> None:
     with issuers(public, "cork") as seen:
-        printed = replaced(public)
+        printed = with_site(public, "cork")
     assert [OWN in issuer for issuer in seen] == [True, False]
     assert PUBLIC in seen[-1]
     assert "create Command slave-cork-public-certificate" in printed
@@ -458,7 +461,7 @@ def orders(sandbox: Sandbox) -> int:
 def test_another_instance_goes_on_with_account_and_certificate(public: Sandbox) -> None:
     before = [shown(public, "cork", "-serial"), public.script("cork", LINEAGE), orders(public)]
     old = public.machine("cork")
-    replaced(public, generation=2)
+    with_site(public, "cork", generation=2)
     assert public.machine("cork") != old
     assert old not in machine.machines(public.plan)
     after = [shown(public, "cork", "-serial"), public.script("cork", LINEAGE), orders(public)]
@@ -466,3 +469,22 @@ def test_another_instance_goes_on_with_account_and_certificate(public: Sandbox) 
     # certbot of the new instance can use them, too.
     assert attempt(public, "cork")
     assert orders(public) == before[2] + 1
+
+
+def test_a_new_site_proves_its_name_by_a_record_from_its_first_boot_on(public: Sandbox) -> None:
+    def trust() -> bool:
+        with contextlib.suppress(AssertionError, host.SandboxError):
+            trust_route_53(public, "galway")
+            return True
+        return False
+
+    with ThreadPoolExecutor(1) as pool, issuers(public, "galway") as seen:
+        # As soon as there is a machine: long before certbot is.
+        trusted = pool.submit(host.wait_until, trust, seconds=WAIT_SECONDS, step=0.5)
+        with_site(public, "galway", challenge="dns-01")
+        assert trusted.result()
+    assert [OWN in issuer for issuer in seen] == [True, False]
+    assert PUBLIC in seen[-1]
+    door = (public.public_ip("galway"), 80)
+    assert knock(None, [door])[door] == SILENCE
+    public.wait('up{job="federate",site="galway"} == 1')
