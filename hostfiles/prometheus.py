@@ -113,18 +113,28 @@ def secret_files(server: Server, secrets: ServerSecrets) -> tuple[File, ...]:
 
 
 def checks(server: Server) -> tuple[Check, ...]:
-    """promtool reads the whole configuration: rules, federate jobs and every file they name."""
+    """promtool reads the whole configuration: rules, federate jobs and every file they name.
+
+    And the selectors of each site, which that takes for any text: the slave would answer 400.
+    """
+    programs = directory(server.prometheus)
+    promtool = f"{programs}/promtool"
+    sites = server.sites if isinstance(server, MasterServer) else ()
     return (
         # One that does not even start is not to stop the one that serves.
-        Check(name="Prometheus", argv=(f"{directory(server.prometheus)}/prometheus", "--version")),
+        Check(name="Prometheus", argv=(f"{programs}/prometheus", "--version")),
         Check(
             name="prometheus.yml",
-            argv=(
-                f"{directory(server.prometheus)}/promtool",
-                "check",
-                "config",
-                f"{{tree}}{FOLDER}/prometheus.yml",
-            ),
+            argv=(promtool, "check", "config", f"{{tree}}{FOLDER}/prometheus.yml"),
+        ),
+        *(
+            Check(
+                name=f"match {selector} of site {site.site}",
+                # A range may follow a plain selector, and no other expression.
+                argv=(promtool, "--experimental", "promql", "format", f"{selector}[1m]"),
+            )
+            for site in sites
+            for selector in site.match
         ),
     )
 

@@ -13,6 +13,7 @@ import pytest
 from hostfiles import cloud_init, master, slave
 from hostfiles.files import HostFiles
 from hostfiles.model import (
+    FederatedSite,
     Leaf,
     MasterSecrets,
     MasterServer,
@@ -87,6 +88,32 @@ def test_every_check_passes_on_a_master(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("selector", "words"),
+    [
+        ('{__name__=~".+"}', ""),
+        ("up", ""),
+        ('node_cpu_seconds_total{job="node",mode!="idle"}', ""),
+        ('{job="node"', "unexpected character"),
+        ('{job=~"("}', "missing closing )"),
+        ('{job=~".*"}', "at least one non-empty matcher"),
+        ("sum(up)", "only allowed for vector selectors"),
+        ("up or down", "must contain only scalar and instant vector types"),
+    ],
+)
+def test_promtool_takes_selectors_and_nothing_else_for_a_sites_match(
+    tool_root: Root,
+    master_server: Callable[..., MasterServer],
+    site: FederatedSite,
+    selector: str,
+    words: str,
+) -> None:
+    server = master_server(sites=(dataclasses.replace(site, match=(selector,)),))
+    done = check(tool_root, master.host_files(server), f"match {selector} of site {site.site}")
+    assert (done.returncode == 0) == (words == "")
+    assert words in done.stdout + done.stderr
+
+
 def test_promtool_takes_a_site_of_another_stack_and_misses_its_key(
     tool_root: Root,
     master_server: Callable[..., MasterServer],
@@ -107,8 +134,9 @@ def test_promtool_takes_a_site_of_another_stack_and_misses_its_key(
 
 
 def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFiles) -> None:
-    for host in (whole_slave, whole_master):
-        assert sorted(check.name for check in host.checks) == sorted(CHECKS)
+    assert sorted(check.name for check in whole_slave.checks) == sorted(CHECKS)
+    match = 'match {__name__=~".+"} of site dublin'
+    assert sorted(check.name for check in whole_master.checks) == sorted([*CHECKS, match])
 
 
 @pytest.mark.parametrize(
