@@ -136,7 +136,8 @@ def _table(settings: SlaveSettings, master: FederatingMaster, environment: Envir
         return lambda addresses: firewall.slave_rules(
             operator_cidrs=environment.settings.operator_cidrs,
             package_cidrs=environment.settings.package_cidrs,
-            master_cidrs=(*master.cidrs, *(f"{ip}/32" for ip in addresses.values())),
+            master_cidrs=master.cidrs,
+            masters={name: f"{ip}/32" for name, ip in addresses.items()},
             federation_port=FEDERATION_PORT,
             vpc_cidr=network.vpc_cidr,
             target_cidrs=settings.target_cidrs,

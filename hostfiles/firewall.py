@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from hostfiles.files import Check, File, Unit
@@ -25,11 +26,6 @@ ANYWHERE = "0.0.0.0/0"
 TIME_CIDR = "169.254.169.123/32"
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
 METADATA_CIDR = "169.254.169.254/32"
-# What the names of rules begin with that a first boot needs.
-_FIRST_BOOT = (
-    *("ssh-", "out-http-", "out-https-", "out-dns-"),
-    *("out-dhcp", "out-ntp", "out-metadata"),
-)
 
 USER_RULES = "/etc/ufw/user.rules"
 USER6_RULES = "/etc/ufw/user6.rules"
@@ -41,6 +37,7 @@ def slave_rules(
     *,
     operator_cidrs: Sequence[str],
     master_cidrs: Sequence[str],
+    masters: Mapping[str, str],
     federation_port: int,
     package_cidrs: Sequence[str],
     vpc_cidr: str,
@@ -50,30 +47,32 @@ def slave_rules(
     acme: Acme | None = None,
     notifications: Iterable[tuple[int, str]] = (),
 ) -> tuple[Rule, ...]:
-    """A slave: its master on the federation port, operators on SSH, out to its targets.
+    """A slave: its masters on the federation port, operators on SSH, out to its targets.
 
+    `masters` are the CIDRs, by name, of those whose addresses may be known only after `up` began.
     Targets that are named by host are reached in `target_cidrs`, or in the VPC if there are none;
     so are the SSH ports of monitored hosts. `notifications` are ports and CIDRs of receivers.
     """
-    base = _base(operator_cidrs, package_cidrs, vpc_cidr)
-    base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
-    base = (*base, *_acme(acme, base))
-    base = (*base, *_out("notify", notifications, "Notifications", base))
-    return (
-        # Numbered, not named by address: a master's address is known only after `up` began.
+    federation = "Federation by the master"
+    named_cidrs = target_cidrs or (vpc_cidr,)
+    return _unique(
         *(
             Rule(
-                name=f"federate-{number}",
+                name=f"federate-{name}",
                 direction="ingress",
                 protocol="tcp",
                 port=federation_port,
                 cidr=cidr,
-                description="Federation by the master",
+                description=federation,
             )
-            for number, cidr in enumerate(master_cidrs, start=1)
+            for name, cidr in sorted(masters.items())
         ),
-        *base,
-        *_targets(jobs, target_cidrs or (vpc_cidr,), base),
+        *_each("ingress", federation_port, master_cidrs, federation),
+        *_base(operator_cidrs, package_cidrs, vpc_cidr),
+        *_jumps(jump_ports, named_cidrs),
+        *_acme(acme),
+        *_out(notifications, "Notifications"),
+        *_targets(jobs, named_cidrs),
     )
 
 
@@ -96,15 +95,14 @@ def master_rules(
 
     `slaves` gives the CIDR and port of each site, by site; `provider_…` say where people log in.
     """
-    base = _base(operator_cidrs, package_cidrs, vpc_cidr)
-    base = (*base, *_jumps(jump_ports, target_cidrs or (vpc_cidr,)))
-    provider = _each("egress", "out-provider", provider_port, provider_cidrs, "Log-ins")
-    base = (*base, *_unless_allowed(provider, base))
-    base = (*base, *_acme(acme, base))
-    base = (*base, *_out("notify", notifications, "Notifications", base))
-    return (
-        *_each("ingress", "ui", ui_port, operator_cidrs, "Web page for operators"),
-        *base,
+    named_cidrs = target_cidrs or (vpc_cidr,)
+    return _unique(
+        *_each("ingress", ui_port, operator_cidrs, "Web page for operators"),
+        *_base(operator_cidrs, package_cidrs, vpc_cidr),
+        *_jumps(jump_ports, named_cidrs),
+        *_each("egress", provider_port, provider_cidrs, "Log-ins"),
+        *_acme(acme),
+        *_out(notifications, "Notifications"),
         *(
             Rule(
                 name=f"out-federate-{site}",
@@ -116,7 +114,7 @@ def master_rules(
             )
             for site, (cidr, port) in sorted(slaves.items())
         ),
-        *_targets(jobs, target_cidrs or (vpc_cidr,), base),
+        *_targets(jobs, named_cidrs),
     )
 
 
@@ -125,7 +123,7 @@ def first_boot_files(rules: Sequence[Rule]) -> tuple[File, ...]:
 
     In by SSH, out for packages, names and the time; nothing listens or asks for more before.
     """
-    return _tables([rule for rule in rules if rule.name.startswith(_FIRST_BOOT)])
+    return _tables([rule for rule in rules if rule.first_boot])
 
 
 def files(rules: Sequence[Rule]) -> tuple[File, ...]:
@@ -170,55 +168,59 @@ UNIT = Unit(
 def _base(
     operator_cidrs: Sequence[str], package_cidrs: Sequence[str], vpc_cidr: str
 ) -> tuple[Rule, ...]:
-    def out(name: str, protocol: Literal["tcp", "udp"], port: int, cidr: str, why: str) -> Rule:
-        return Rule(
-            name=name, direction="egress", protocol=protocol, port=port, cidr=cidr, description=why
-        )
+    """What every host needs, from its first boot on."""
+    rules = (
+        *_each("ingress", SSH_PORT, operator_cidrs, "SSH for operators"),
+        *_each("egress", 80, package_cidrs, "Packages"),
+        *_each("egress", 443, package_cidrs, "Packages and releases"),
+        _rule("egress", 53, vpc_cidr, "DNS", protocol="udp"),
+        _rule("egress", 53, vpc_cidr, "DNS with long answers"),
+        _rule("egress", 67, vpc_cidr, "DHCP renewal", protocol="udp"),
+        _rule("egress", 123, TIME_CIDR, "Amazon Time Sync Service", protocol="udp"),
+        _rule("egress", 80, METADATA_CIDR, "Instance metadata"),
+    )
+    return tuple(replace(rule, first_boot=True) for rule in rules)
 
-    return (
-        *_each("ingress", "ssh", SSH_PORT, operator_cidrs, "SSH for operators"),
-        *_each("egress", "out-http", 80, package_cidrs, "Packages"),
-        *_each("egress", "out-https", 443, package_cidrs, "Packages and releases"),
-        out("out-dns-udp", "udp", 53, vpc_cidr, "DNS"),
-        out("out-dns-tcp", "tcp", 53, vpc_cidr, "DNS with long answers"),
-        out("out-dhcp", "udp", 67, vpc_cidr, "DHCP renewal"),
-        out("out-ntp", "udp", 123, TIME_CIDR, "Amazon Time Sync Service"),
-        out("out-metadata", "tcp", 80, METADATA_CIDR, "Instance metadata"),
+
+def _rule(
+    direction: Literal["ingress", "egress"],
+    port: int,
+    cidr: str,
+    description: str,
+    protocol: Literal["tcp", "udp"] = "tcp",
+) -> Rule:
+    """A rule that is named by what it says, and by nothing else.
+
+    A security group refuses the same rule twice, and a new resource is made before an old one
+    goes: a rule of another purpose must be the same resource.
+    https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html
+    """
+    way = "in" if direction == "ingress" else "out"
+    return Rule(
+        name=f"{way}-{protocol}-{port}-{_slug(cidr)}",
+        direction=direction,
+        protocol=protocol,
+        port=port,
+        cidr=cidr,
+        description=description,
     )
 
 
 def _each(
-    direction: Literal["ingress", "egress"],
-    name: str,
-    port: int,
-    cidrs: Sequence[str],
-    description: str,
+    direction: Literal["ingress", "egress"], port: int, cidrs: Sequence[str], description: str
 ) -> tuple[Rule, ...]:
-    # The network is in the name: a rule keeps its name when another network joins it.
-    return tuple(
-        Rule(
-            name=f"{name}-{_slug(cidr)}",
-            direction=direction,
-            protocol="tcp",
-            port=port,
-            cidr=cidr,
-            description=description,
-        )
-        for cidr in sorted(set(cidrs))
-    )
+    return tuple(_rule(direction, port, cidr, description) for cidr in sorted(set(cidrs)))
 
 
 def _jumps(ports: Sequence[int], cidrs: Sequence[str]) -> tuple[Rule, ...]:
     """Out to the SSH of monitored hosts. Not by address: a host that leaves the settings is gone
     from them before node_exporter is taken off it."""
     return tuple(
-        rule
-        for port in ports
-        for rule in _each("egress", f"out-ssh-{port}", port, cidrs, "SSH to monitored hosts")
+        rule for port in ports for rule in _each("egress", port, cidrs, "SSH to monitored hosts")
     )
 
 
-def _acme(acme: Acme | None, others: Iterable[Rule]) -> tuple[Rule, ...]:
+def _acme(acme: Acme | None) -> tuple[Rule, ...]:
     """Out to the authority, and where it finds its challenge: in on port 80, or out to Route 53.
 
     None by address: neither Let's Encrypt nor Route 53's API publishes its own, and the former
@@ -227,17 +229,16 @@ def _acme(acme: Acme | None, others: Iterable[Rule]) -> tuple[Rule, ...]:
     """
     if acme is None:
         return ()
-    out = _unless_allowed(_each("egress", "out-acme", acme.port, [ANYWHERE], "ACME server"), others)
-    if acme.challenge == "http-01":
-        return (*_each("ingress", "acme", CHALLENGE_PORT, [ANYWHERE], "ACME challenge"), *out)
-    records = _each("egress", "out-route53", ROUTE53_PORT, [ANYWHERE], "Route 53")
-    return (*out, *_unless_allowed(records, (*others, *out)))
+    return (
+        _rule("ingress", CHALLENGE_PORT, ANYWHERE, "ACME challenge")
+        if acme.challenge == "http-01"
+        else _rule("egress", ROUTE53_PORT, ANYWHERE, "Route 53"),
+        _rule("egress", acme.port, ANYWHERE, "ACME server"),
+    )
 
 
-def _targets(
-    jobs: Iterable[Job], named_cidrs: Sequence[str], others: Iterable[Rule]
-) -> tuple[Rule, ...]:
-    """One rule for each port and network that jobs need, but for what `others` allow."""
+def _targets(jobs: Iterable[Job], named_cidrs: Sequence[str]) -> tuple[Rule, ...]:
+    """One rule for each port and network that jobs need."""
     wanted: set[tuple[int, str]] = set()
     for job in jobs:
         for target in job.targets:
@@ -248,35 +249,20 @@ def _targets(
             except ipaddress.AddressValueError:
                 wanted.update((int(port), cidr) for cidr in named_cidrs)
         wanted.update((port, cidr) for port in job.discovered_ports for cidr in named_cidrs)
-    return _out("target", wanted, "Scrape targets", others)
+    return _out(wanted, "Scrape targets")
 
 
-def _out(
-    name: str, wanted: Iterable[tuple[int, str]], description: str, others: Iterable[Rule]
-) -> tuple[Rule, ...]:
-    """Egress rules to these ports and networks (CIDR), but for what `others` allow."""
-    rules = (
-        Rule(
-            name=f"out-{name}-{port}-{_slug(cidr)}",
-            direction="egress",
-            protocol="tcp",
-            port=port,
-            cidr=cidr,
-            description=description,
-        )
-        for port, cidr in sorted(set(wanted))
-    )
-    return _unless_allowed(rules, others)
+def _out(wanted: Iterable[tuple[int, str]], description: str) -> tuple[Rule, ...]:
+    """Egress rules to these ports and networks (CIDR)."""
+    return tuple(_rule("egress", port, cidr, description) for port, cidr in sorted(set(wanted)))
 
 
-def _unless_allowed(rules: Iterable[Rule], others: Iterable[Rule]) -> tuple[Rule, ...]:
-    """A security group refuses the same rule twice."""
-    allowed = {(rule.direction, rule.protocol, rule.port, rule.cidr) for rule in others}
-    return tuple(
-        rule
-        for rule in rules
-        if (rule.direction, rule.protocol, rule.port, rule.cidr) not in allowed
-    )
+def _unique(*rules: Rule) -> tuple[Rule, ...]:
+    """Of those that say the same, the first."""
+    found: dict[str, Rule] = {}
+    for rule in rules:
+        found.setdefault(rule.name, rule)
+    return tuple(found.values())
 
 
 def _slug(cidr: str) -> str:

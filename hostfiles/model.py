@@ -35,7 +35,7 @@ class Rule:
     """One line of the firewall table; it becomes a security group rule and a ufw rule.
 
     `name` is stable and unique within a host: it names the Pulumi resource. `cidr` is the source
-    of an ingress rule and the destination of an egress rule.
+    of an ingress rule and the destination of an egress rule. `first_boot`: a first boot needs it.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Rule:
     port: int
     cidr: str
     description: str
+    first_boot: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,7 @@ class AwsProvider(Provider):
         fresh = {**outputs, **inputs}
         if resource.type in (providers.INGRESS_RULE, providers.EGRESS_RULE):
             with self._changing():
-                self._cloud.rules[id_] = _rule(resource.type, inputs)
+                self._set_rule(id_, resource, inputs)
         elif resource.type == providers.RECORD:
             with self._changing():
                 self._cloud.records[id_] = inputs["records"][0]
@@ -299,8 +299,21 @@ class AwsProvider(Provider):
         id_ = _new_id("sgr")
         used = {group for row in self._cloud.instances.values() for group in row.groups}
         with self._changing(seen=inputs["securityGroupId"] in used):
-            self._cloud.rules[id_] = _rule(resource.type, inputs)
+            self._set_rule(id_, resource, inputs)
         return id_, {"securityGroupRuleId": id_}
+
+    def _set_rule(self, id_: str, resource: Resource, inputs: Inputs) -> None:
+        """Refuses a second one of the same content, as AWS does (InvalidPermission.Duplicate).
+
+        https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html
+        """
+        rule = _rule(resource.type, inputs)
+        if any(other == rule for known, other in self._cloud.rules.items() if known != id_):
+            raise SandboxError(
+                f"{resource.name}: its security group has this very rule already.",
+                "On AWS this is InvalidPermission.Duplicate: name rules by what they say.",
+            )
+        self._cloud.rules[id_] = rule
 
     # Volumes
 

@@ -155,7 +155,8 @@ def slave_server(
             "operator_keys": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERIT\n",
             "rules": firewall.slave_rules(
                 operator_cidrs=["203.0.113.1/32"],
-                master_cidrs=["198.51.100.7/32"],
+                master_cidrs=[],
+                masters={"master": "198.51.100.7/32"},
                 federation_port=9095,
                 package_cidrs=["0.0.0.0/0"],
                 vpc_cidr="10.0.0.0/16",

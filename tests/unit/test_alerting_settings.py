@@ -10,6 +10,7 @@ import pytest
 
 import settings
 from hostfiles.alertmanager import SECRETS_FOLDER
+from sandbox import providers
 from settings import RELEASES, Settings, SettingsError, check
 from tests.unit.conftest import NAMESPACE, run_program
 from tests.unit.test_settings import environment
@@ -86,10 +87,10 @@ def test_firewalls_open_to_receivers_alone() -> None:
     [
         (lambda a: a.pop("cidrs"), "cidrs: {mail.example.net: [<network>]}"),
         (lambda a: a["cidrs"].update({"x.example.net": ["203.0.113.0/28"]}), "no notification"),
-        (lambda a: a["cidrs"].update({"mail.example.net": []}), "at least 1 item"),
+        (lambda a: a["cidrs"].update({"mail.example.net": []}), "give it at least one entry"),
         (lambda a: a.update(recievers=[]), "there is no such setting"),
         (lambda a: a.pop("route"), "is missing"),
-        (lambda a: a.update(receivers=[]), "at least 1 item"),
+        (lambda a: a.update(receivers=[]), "give it at least one entry"),
         (lambda a: a["global"].update(smtp_smarthost="mail.example.net"), "has no port"),
         (lambda a: a["global"].update(smtp_require_tls=False), "send mail in clear"),
         (
@@ -135,16 +136,19 @@ def test_what_is_unsafe_or_unreachable_is_refused_without_showing_secrets(
 
 def test_the_program_delivers_them_as_secrets_and_opens_both_firewalls() -> None:
     made = run_program(alerting=ALERTING).recorder
-    opened = {
-        (resource.inputs["fromPort"], resource.inputs["cidrIpv4"])
-        for resource in made.resources
-        if resource.name.startswith(("master-out-notify", "slave-dublin-out-notify"))
-    }
-    assert opened == {(587, "203.0.113.0/28"), (8443, "198.51.100.77/32")}
+    for host in ("master", "slave-dublin"):
+        opened = {
+            (rule.inputs["fromPort"], rule.inputs["cidrIpv4"])
+            for rule in made.of_type(providers.EGRESS_RULE)
+            if rule.name.startswith(host) and rule.inputs["description"] == "Notifications"
+        }
+        assert opened == {(587, "203.0.113.0/28"), (8443, "198.51.100.77/32")}
     names = {resource.name for resource in made.resources}
     assert {"master-alertmanager-certificate", "slave-dublin-alertmanager-certificate"} <= names
-    before = {resource.name for resource in run_program().recorder.resources}
-    assert not [name for name in before if "alertmanager" in name or "notify" in name]
+    before = run_program().recorder
+    assert not [resource for resource in before.resources if "alertmanager" in resource.name]
+    rules = before.of_type(providers.EGRESS_RULE)
+    assert not [rule for rule in rules if rule.inputs["description"] == "Notifications"]
 
 
 def test_another_release_of_it_may_be_chosen() -> None:

@@ -98,3 +98,15 @@ def test_beside_a_master_of_our_own_both_may_federate() -> None:
         if rule.name.startswith("slave-dublin") and rule.inputs["fromPort"] == 9095
     }
     assert sources == {"203.0.113.9/32", f"{both.outputs['master']['publicIp']}/32"}
+
+
+def test_a_master_that_goes_leaves_the_rules_of_others_alone() -> None:
+    def rules(found: Evaluated) -> dict[str, str]:
+        of_type = found.recorder.of_type(providers.INGRESS_RULE)
+        return {rule.name: rule.inputs["cidrIpv4"] for rule in of_type}
+
+    cidrs = ["203.0.113.9/32", "203.0.113.10/32"]
+    both = rules(run_program(existingMaster={"host": "prometheus.example.org", "cidrs": cidrs}))
+    own = rules(run_program(existingMaster={}))
+    assert {name: both[name] for name in own} == own
+    assert sorted(cidr for name, cidr in both.items() if name not in own) == sorted(cidrs)

@@ -35,7 +35,7 @@ def bundle(run: Evaluated, name: str) -> dict[str, str]:
 
 def open_on_80(run: Evaluated) -> set[str]:
     rules = run.recorder.of_type(providers.INGRESS_RULE)
-    return {rule.name.partition("-acme")[0] for rule in rules if rule.inputs["fromPort"] == 80}
+    return {rule.name.partition("-in-")[0] for rule in rules if rule.inputs["fromPort"] == 80}
 
 
 def waits(run: Evaluated) -> dict[str, str]:
@@ -176,7 +176,7 @@ def test_a_private_authority_is_reached_on_its_port_and_verified_by_its_root(
     assert f"--server {server} " in unit
     assert "REQUESTS_CA_BUNDLE=/etc/nginx/tls/trusted.pem" in unit
     assert files["/etc/nginx/tls/trusted.pem"].endswith(PRIVATE)
-    rules = {rule.name: rule.inputs for rule in run.recorder.of_type(providers.EGRESS_RULE)}
-    port = {rule["fromPort"] for name, rule in rules.items() if "out-acme" in name}
+    rules = [rule.inputs for rule in run.recorder.of_type(providers.EGRESS_RULE)]
+    port = {rule["fromPort"] for rule in rules if rule["description"] == "ACME server"}
     # Port 443 is open to everywhere already, for packages.
     assert port == ({14000} if "14000" in server else set())

@@ -110,7 +110,7 @@ def test_a_slave_lets_its_operators_on_to_the_ssh_of_hosts_and_nowhere_else(
     rules = [
         rule.inputs
         for rule in dev.recorder.of_type(providers.EGRESS_RULE)
-        if rule.name.startswith("slave-dublin-out-ssh")
+        if rule.name.startswith("slave-dublin-out-tcp-22-")
     ]
     assert [(rule["fromPort"], rule["cidrIpv4"]) for rule in rules] == [(22, "10.0.0.0/16")]
 
@@ -151,7 +151,7 @@ def test_a_host_known_by_its_address_alone_has_a_certificate_for_that(
     assert request.inputs["dnsNames"] == []
     assert request.inputs["ipAddresses"] == ["10.0.0.77"]
     rules = {rule.name for rule in only.recorder.of_type(providers.EGRESS_RULE)}
-    assert "slave-dublin-out-target-9100-10-0-0-77-32" in rules
+    assert "slave-dublin-out-tcp-9100-10-0-0-77-32" in rules
 
 
 def test_a_new_password_is_known_to_the_hosts_before_anybody_sends_it(
@@ -199,7 +199,7 @@ def test_only_discovery_brings_an_instance_profile_and_it_may_only_describe(
     assert instances["slave-dublin-1"].inputs["iamInstanceProfile"]
     assert "iamInstanceProfile" not in instances["master-1"].inputs
     rules = {rule.name for rule in found.recorder.of_type(providers.EGRESS_RULE)}
-    assert "slave-dublin-out-target-9200-10-0-0-0-16" in rules
+    assert "slave-dublin-out-tcp-9200-10-0-0-0-16" in rules
 
 
 def test_the_ends_of_all_certificates_of_a_machine_are_metrics_on_it(dev: Evaluated) -> None:

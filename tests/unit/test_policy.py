@@ -124,8 +124,8 @@ NARROW = {
 
 Case = tuple[Rule, str, str, Callable[[Resource], Mapping[str, Any]]]
 INSTANCE, RULE_IN, RULE_OUT = providers.INSTANCE, providers.INGRESS_RULE, providers.EGRESS_RULE
-SSH_RULE = "master-ssh-203-0-113-7-32"
-UI_RULE = "master-ui-203-0-113-7-32"
+SSH_RULE = "master-in-tcp-22-203-0-113-7-32"
+UI_RULE = "master-in-tcp-443-203-0-113-7-32"
 
 # A rule, a resource by name and type, and what is done to it.
 BROKEN: list[Case] = [
@@ -214,14 +214,14 @@ BROKEN: list[Case] = [
     (policy.nobody_comes_in_but_who_was_named, UI_RULE, RULE_IN, with_inputs(fromPort=9090)),
     (
         policy.nobody_comes_in_but_who_was_named,
-        "slave-dublin-federate-1",
+        "slave-dublin-federate-master",
         RULE_IN,
         # An operator, but not on the port of federation.
         with_inputs(cidrIpv4="203.0.113.7/32"),
     ),
     (
         policy.nothing_goes_anywhere_unless_named,
-        "master-out-dns-tcp",
+        "master-out-tcp-53-10-0-0-0-16",
         RULE_OUT,
         with_inputs(cidrIpv4="0.0.0.0/0"),
     ),

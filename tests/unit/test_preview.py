@@ -47,7 +47,7 @@ def test_a_target_changes_one_property_of_one_resource_and_one_line_of_one_file(
 def test_a_firewall_source_changes_its_rules_and_the_hosts_ufw(dev: Evaluated) -> None:
     lines = preview(dev, run_program(operatorCidrs=["203.0.113.8/32"]))
     rule = "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule"
-    names = ("master-ssh", "master-ui", "slave-dublin-ssh")
+    names = ("master-in-tcp-22", "master-in-tcp-443", "slave-dublin-in-tcp-22")
     assert set(titles(lines)) == {
         *(f"- delete  {rule} {name}-203-0-113-7-32" for name in names),
         *(f"+ create  {rule} {name}-203-0-113-8-32" for name in names),
