@@ -11,13 +11,12 @@ import ipaddress
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 from hostfiles.alertmanager import SECRETS_FOLDER
 from hostfiles.model import Alerting, Release
-from setting_types import Cidr, HostName, Model
+from setting_types import Cidr, HostName, Model, split_url
 
 HTTPS_PORT = 443
 
@@ -219,13 +218,14 @@ def _places(value: Any, path: Path) -> Iterator[tuple[str, int]]:
         yield host, int(port)
     elif path and _is_place(path):
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        parts = urlsplit(text.strip())
-        if parts.scheme != "https" or not parts.hostname or "{" in parts.netloc:
+        parts = split_url(text.strip())
+        wanted = parts and parts.scheme == "https" and parts.hostname
+        if not parts or not wanted or "{" in parts.netloc:
             raise ValueError(
                 f"has no https address with a plain host in {_named(path)} (not shown); anyone on "
                 "the way could read what is sent over http"
             )
-        yield parts.hostname, parts.port or HTTPS_PORT
+        yield str(parts.hostname), parts.port or HTTPS_PORT
 
 
 def _is_place(path: Path) -> bool:

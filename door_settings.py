@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from hostfiles.model import OAuth2
 from job_settings import certificates
-from setting_types import Cidr, DomainName, Model
+from setting_types import Cidr, DomainName, Model, matching, split_url
 
 HTTPS_PORT = 443
 
 
 def _issuer(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme != "https" or not parts.hostname or parts.query or parts.fragment:
+    parts = split_url(value)
+    wanted = parts and parts.scheme == "https" and parts.hostname
+    if not parts or not wanted or parts.query or parts.fragment:
         raise ValueError("is not an https address; write it like https://accounts.example.com")
     return value
 
 
 # It stands before the `_` of the token itself.
-TokenName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+TokenName = Annotated[
+    str,
+    matching(
+        r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
+        "is no name of a token; use up to 63 lower-case letters, digits and hyphens",
+    ),
+]
 
 
 class OAuth2Settings(Model):
@@ -68,7 +74,8 @@ class OAuth2Settings(Model):
     @property
     def port(self) -> int:
         """Where the provider listens."""
-        return urlsplit(self.issuer).port or HTTPS_PORT
+        parts = split_url(self.issuer)
+        return (parts and parts.port) or HTTPS_PORT
 
     def public(self) -> OAuth2:
         """All of it that is not secret."""

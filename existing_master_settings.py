@@ -9,14 +9,26 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from job_settings import SSH_PORT, certificates
-from setting_types import Cidr, DomainName, Duration, HostKey, HostName, Model, PrivateKey
+from setting_types import (
+    Cidr,
+    DomainName,
+    Duration,
+    HostKey,
+    HostName,
+    Model,
+    PrivateKey,
+    UserName,
+    matching,
+    split_url,
+)
 
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def _url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+    parts = split_url(value)
+    wanted = parts and parts.scheme in ("http", "https") and parts.hostname
+    if not parts or not wanted or parts.query or parts.username:
         raise ValueError(
             "is not the address of a Prometheus; write it like http://127.0.0.1:9090 or, with the "
             "path of its --web.external-url, http://127.0.0.1:9090/prometheus"
@@ -38,7 +50,7 @@ class ExistingMasterAccess(Model):
     """
 
     host: HostName | None = None
-    user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]*$")]
+    user: UserName
     private_key: PrivateKey
     host_key: HostKey
     port: Annotated[int, Field(ge=1, le=65535)] = SSH_PORT
@@ -48,7 +60,9 @@ class ExistingMasterAccess(Model):
 class ApiAuthSettings(Model):
     """The user and password that its web page and API ask for."""
 
-    username: Annotated[str, Field(pattern=r"^[^:\s]+$")]
+    username: Annotated[
+        str, matching(r"[^:\s]+", "holds a blank or a colon, or nothing; write it like admin")
+    ]
     password: SecretStr
 
 
@@ -64,14 +78,21 @@ class ExistingMasterSettings(Model):
     access: ExistingMasterAccess | None = None
     config_file: Annotated[str, AfterValidator(_file)] = "/etc/prometheus/prometheus.yml"
     # Its user, by name or number: this one's group may read our keys.
-    run_as: Annotated[str, Field(pattern=r"^([a-z_][a-z0-9_-]*|\d+)$")] = "prometheus"
-    promtool: Annotated[str, Field(pattern=r"^[A-Za-z0-9._/+-]+$")] = "promtool"
+    run_as: Annotated[
+        str, matching(r"[a-z_][a-z0-9_-]*|\d+", "is no user; write it like prometheus or 65534")
+    ] = "prometheus"
+    promtool: Annotated[
+        str,
+        matching(r"[A-Za-z0-9._/+-]+", "is no program; write it like /opt/prometheus/promtool"),
+    ] = "promtool"
     url: Annotated[str, AfterValidator(_url)] = "http://127.0.0.1:9090"
     ca: Annotated[str, AfterValidator(certificates)] | None = None
     basic_auth: ApiAuthSettings | None = None
     # `signal`: SIGHUP to the main process of `unit`. `http`: POST to /-/reload of `url`.
     reload: Literal["signal", "http"] = "signal"
-    unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9@._:-]+$")] = "prometheus.service"
+    unit: Annotated[
+        str, matching(r"[A-Za-z0-9@._:-]+", "is no systemd unit; write it like prometheus.service")
+    ] = "prometheus.service"
 
     @model_validator(mode="after")
     def _password_is_not_readable(self) -> ExistingMasterSettings:

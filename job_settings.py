@@ -20,11 +20,15 @@ from setting_types import (
     Duration,
     HostKey,
     HostName,
+    Interval,
     LabelName,
     Model,
     PrivateKey,
+    Region,
     Target,
-    duration,
+    UserName,
+    interval,
+    matching,
 )
 
 EXPORTER_PORT = 9100
@@ -73,7 +77,7 @@ class HostAccess(Model):
     with all attempts to reach it.
     """
 
-    user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]*$")]
+    user: UserName
     private_key: PrivateKey
     port: Annotated[int, Field(ge=1, le=65535)] = SSH_PORT
     jump: bool = True
@@ -97,7 +101,7 @@ class MonitoredHost(Model):
     host: HostName
     host_key: HostKey
     address: Address | None = None
-    user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]*$")] | None = None
+    user: UserName | None = None
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     jump: bool | None = None
 
@@ -149,11 +153,18 @@ class FileDiscovery(_PrometheusModel):
 
     files: Annotated[
         tuple[
-            Annotated[str, Field(pattern=rf"^{TARGET_FILES}/[A-Za-z0-9_.*-]+\.(json|ya?ml)$")], ...
+            Annotated[
+                str,
+                matching(
+                    rf"{TARGET_FILES}/[A-Za-z0-9_.*-]+\.(json|ya?ml)",
+                    f"is no target file; write it like {TARGET_FILES}/hosts.yml",
+                ),
+            ],
+            ...,
         ],
         Field(min_length=1),
     ]
-    refresh_interval: Duration = "5m"
+    refresh_interval: Interval = "5m"
     ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = (EXPORTER_PORT,)
 
 
@@ -170,9 +181,9 @@ class Ec2Discovery(_PrometheusModel):
     The server gets an instance profile that may describe the instances of this region.
     """
 
-    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")]
+    region: Region
     port: Annotated[int, Field(ge=1, le=65535)] = EXPORTER_PORT
-    refresh_interval: Duration = "60s"
+    refresh_interval: Interval = "60s"
     filters: Annotated[tuple[Ec2Filter, ...], Field(min_length=1)]
 
 
@@ -200,9 +211,12 @@ class JobSettings(_PrometheusModel):
                 raise ValueError(
                     f"holds the key {key!r}, which a job may not have; it takes {', '.join(ours)}"
                 )
-        for key in ("scrape_interval", "scrape_timeout"):
-            if key in self._options:
-                duration(str(self._options[key]))
+        for key in sorted({"scrape_interval", "scrape_timeout"} & self._options.keys()):
+            value = self._options[key]
+            try:
+                interval(str(value))
+            except ValueError as error:
+                raise ValueError(f"has the {key} {value!r}, which {error}") from None
         if not (self.hosts or self.targets or self.file_sd_configs or self.ec2_sd_configs):
             raise ValueError(
                 "scrapes nothing; give it hosts, targets, file_sd_configs or ec2_sd_configs"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from hostfiles.model import Acme, Challenge
 from job_settings import certificates
-from setting_types import Duration, Model
+from setting_types import Duration, Model, matching, split_url
 
 # https://letsencrypt.org/docs/acme-protocol-updates/
 LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
@@ -20,7 +20,8 @@ ROOTS = Path(__file__).with_name("lets_encrypt_roots.pem")
 
 
 def _directory(value: str) -> str:
-    if not re.fullmatch(r"https://[a-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9._~-]+)*/?", value):
+    shape = r"https://[a-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9._~-]+)*/?"
+    if not re.fullmatch(shape, value) or not split_url(value):
         raise ValueError(f"is not the directory of an ACME server; write it like {LETS_ENCRYPT}")
     return value
 
@@ -48,7 +49,13 @@ class LetsEncryptSettings(Model):
     a host's certificate.
     """
 
-    email: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$")]
+    email: Annotated[
+        str,
+        matching(
+            r"[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+",
+            "is no mail address; write it like operator@example.com",
+        ),
+    ]
     agree_to_terms: Annotated[Literal[True], BeforeValidator(_agreed)]
     server: Annotated[str, AfterValidator(_directory)] = LETS_ENCRYPT
     ca_root: Annotated[str, AfterValidator(_roots)] | None = None

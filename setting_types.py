@@ -8,8 +8,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Annotated
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr
 from pydantic.alias_generators import to_camel
 
 from hostfiles.duration import milliseconds
@@ -18,6 +19,27 @@ from hostfiles.duration import milliseconds
 PASSWORD_MIN = 24
 # bcrypt reads 72 bytes and no more (bcrypt 5 raises beyond them).
 PASSWORD_MAX = 72
+
+
+def matching(pattern: str, remedy: str) -> AfterValidator:
+    """A text that is all of a pattern; `remedy` says what another is not, and what to write."""
+
+    def checked(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(remedy)
+        return value
+
+    return AfterValidator(checked)
+
+
+def split_url(value: str) -> SplitResult | None:
+    """The parts of a URL; None if it is none, as with a port beyond 65535."""
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
 
 
 def _domain_name(value: str) -> str:
@@ -51,6 +73,14 @@ def duration(value: str) -> str:
         milliseconds(value)
     except ValueError:
         raise ValueError("is not a Prometheus duration; write it like 15s, 1m30s or 30d") from None
+    return value
+
+
+def interval(value: str) -> str:
+    """The same text, if it is a Prometheus duration of some length; ValueError if not."""
+    # Prometheus would take nought for its own default of a minute.
+    if milliseconds(duration(value)) == 0:
+        raise ValueError("is no time at all; write it like 15s")
     return value
 
 
@@ -118,14 +148,26 @@ DomainName = Annotated[str, AfterValidator(_domain_name)]
 HostLabel = Annotated[str, AfterValidator(_host_label)]
 Cidr = Annotated[str, AfterValidator(_cidr)]
 Duration = Annotated[str, AfterValidator(duration)]
+Interval = Annotated[str, AfterValidator(interval)]
 Target = Annotated[str, AfterValidator(_target)]
 HostName = Annotated[str, AfterValidator(_host)]
 Address = Annotated[str, AfterValidator(_address)]
 HostKey = Annotated[str, AfterValidator(_host_key)]
 PrivateKey = Annotated[SecretStr, AfterValidator(_private_key)]
 LabelName = Annotated[str, AfterValidator(_label_name)]
-SubnetId = Annotated[str, Field(pattern=r"^subnet-[a-z0-9-]+$")]
-SnapshotId = Annotated[str, Field(pattern=r"^snap-[0-9a-f]{8,17}$")]
+SubnetId = Annotated[
+    str, matching(r"subnet-[a-z0-9-]+", "is no subnet; write it like subnet-0123456789abcdef0")
+]
+SnapshotId = Annotated[
+    str, matching(r"snap-[0-9a-f]{8,17}", "is no snapshot; write it like snap-0123456789abcdef0")
+]
+Region = Annotated[
+    str, matching(r"[a-z]{2}(-[a-z]+)+-\d", "is no region of AWS; write it like eu-west-1")
+]
+# Of Linux.
+UserName = Annotated[
+    str, matching(r"[a-z_][a-z0-9_-]*", "is no user of a Linux host; write it like admin")
+]
 Password = Annotated[SecretStr, AfterValidator(_password)]
 
 

@@ -39,10 +39,13 @@ from setting_types import (
     DomainName,
     Duration,
     HostLabel,
+    Interval,
     Model,
     Password,
+    Region,
     SnapshotId,
     SubnetId,
+    matching,
 )
 
 NAMESPACE = "prometheus-federation"
@@ -89,6 +92,17 @@ _SIZE = {"nano": 1 / 16, "micro": 1 / 8, "small": 1 / 4, "medium": 1 / 2, "large
 _SECRET_KEYS = frozenset(
     "password nextPassword privateKey key credentials clientSecret global receivers".split()
 )
+# Where an object belongs, a lone text may be the one secret of it.
+_OBJECT_EXPECTED = frozenset("model_type model_attributes_type dict_type mapping_type".split())
+# `user:password@`, as in an address.
+_LOOKS_SECRET = re.compile(r"PRIVATE KEY|[^/@\s]:[^/@\s]*@", re.IGNORECASE)
+# What pydantic says of these speaks of Python.
+_SAID = dict.fromkeys(_OBJECT_EXPECTED, "is no object; write it as keys with their values") | {
+    "tuple_type": "is no list; write it like [a, b]",
+    "too_short": "is empty; give it at least one entry",
+    "string_too_short": "is empty; write something there",
+    "string_type": "is no text; put it in quotes",
+}
 
 
 class SettingsError(pulumi.RunError):
@@ -129,8 +143,16 @@ def _one_or_many(value: Any) -> Any:
 
 InstanceType = Annotated[str, AfterValidator(_instance_type)]
 Certificates = Literal["ownCa", "letsencrypt"]
-Version = Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[
+    str,
+    matching(
+        r"\d+\.\d+\.\d+([-+][A-Za-z0-9.]+)?", "is no version; write it like 3.13.2, without a v"
+    ),
+]
+Sha256 = Annotated[
+    str,
+    matching(r"[0-9a-f]{64}", "is no SHA-256 sum; give its 64 hexadecimal digits, in lower case"),
+]
 
 
 class RotationSettings(Model):
@@ -190,7 +212,15 @@ class SecurityUpdateSettings(Model):
     """
 
     install: bool = True
-    reboot_at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    reboot_at: (
+        Annotated[
+            str,
+            matching(
+                r"([01]\d|2[0-3]):[0-5]\d", 'is no time of day; write it like "04:00", in quotes'
+            ),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _nothing_to_reboot_for(self) -> SecurityUpdateSettings:
@@ -217,7 +247,7 @@ class HostSettings(Model):
     host: HostLabel
     certificates: Certificates | None = None
     challenge: Challenge | None = None
-    region: str | None = None
+    region: Region | None = None
     subnet_id: SubnetId | None = None
     instance_type: InstanceType | None = None
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)] | None = None
@@ -315,7 +345,13 @@ class OtherStack(Model):
     https://www.pulumi.com/docs/iac/concepts/stacks/#stackreferences
     """
 
-    stack: Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+$")]
+    stack: Annotated[
+        str,
+        matching(
+            r"([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+",
+            "is no stack; write it like dublin-prod or organisation/project/dublin-prod",
+        ),
+    ]
     sites: Annotated[tuple[HostLabel, ...], Field(min_length=1)]
 
 
@@ -324,14 +360,28 @@ class ReleaseSettings(Model):
 
     version: Version
     sha256: Sha256
-    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    url: (
+        Annotated[
+            str,
+            matching(
+                r"https?://\S+", "is no address; write it like https://mirror.example.com/a.tar.gz"
+            ),
+        ]
+        | None
+    ) = None
 
 
 class PackageSettings(Model):
     """Another version of a distribution's package than the one that it has."""
 
     # https://www.debian.org/doc/debian-policy/ch-controlfields.html#version
-    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+~:-]*$")]
+    version: Annotated[
+        str,
+        matching(
+            r"[0-9][A-Za-z0-9.+~:-]*",
+            "is no version of a package; write it as apt list --all-versions nginx shows it",
+        ),
+    ]
 
 
 class GrafanaSettings(Model):
@@ -342,7 +392,13 @@ class GrafanaSettings(Model):
 
     version: Version
     sha256: Sha256
-    url: Annotated[str, Field(pattern=r"^https?://.+\.tar\.gz$")]
+    url: Annotated[
+        str,
+        matching(
+            r"https?://\S+\.tar\.gz",
+            "is no address of a .tar.gz; copy it from https://grafana.com/grafana/download",
+        ),
+    ]
 
     def release(self) -> Release:
         """As the host installs it."""
@@ -406,7 +462,11 @@ class Settings(Model):
     lets_encrypt: Annotated[LetsEncryptSettings | None, BeforeValidator(_none_if_empty)]
     os: Literal["debian13", "ubuntu2604"]
     ami_id: Annotated[
-        Annotated[str, Field(pattern=r"^ami-[a-z0-9]+$")] | None, BeforeValidator(_none_if_empty)
+        Annotated[
+            str, matching(r"ami-[a-z0-9]+", "is no image; write it like ami-0123456789abcdef0")
+        ]
+        | None,
+        BeforeValidator(_none_if_empty),
     ]
     instance_type: InstanceType
     data_volume_gib: Annotated[int, Field(ge=4, le=16384)]
@@ -414,8 +474,8 @@ class Settings(Model):
     backup: BackupSettings
     security_updates: SecurityUpdateSettings
     retention_time: Duration
-    scrape_interval: Duration
-    evaluation_interval: Duration
+    scrape_interval: Interval
+    evaluation_interval: Interval
     rule_files: tuple[str, ...]
     alerting: Annotated[AlertingSettings | None, BeforeValidator(_none_if_empty)]
     tags: Mapping[str, str]
@@ -680,16 +740,23 @@ def _explain(problem: Any) -> str:
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]
     ).lstrip(".")
     key = f"{NAMESPACE}:{location}" if location else f"{NAMESPACE}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = _SAID.get(problem["type"]) or str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"{key}: there is no such setting; correct its spelling or remove it"
     if problem["type"] == "missing":
         return f"{key}: is missing; set it"
-    value = problem["input"]
-    if set(map(str, problem["loc"])) & _SECRET_KEYS:
-        shown = "(not shown)"
-    elif isinstance(value, (str, int, float)):
-        shown = repr(value)
-    else:
-        shown = ""
-    return f"{key}: {shown} {message}".replace(":  ", ": ")
+    return f"{key}: {_shown(problem)} {message}".replace(":  ", ": ")
+
+
+def _shown(problem: Any) -> str:
+    """The value of a problem, unless it is a secret or may hold one, or is too much to show."""
+    value, keys = problem["input"], set(map(str, problem["loc"]))
+    if value is None:
+        return "(nothing)"
+    if not isinstance(value, (str, int, float)):
+        return ""
+    # What `rotation` holds are numbers, also of passwords.
+    secret = keys & _SECRET_KEYS and "rotation" not in keys
+    if secret or problem["type"] in _OBJECT_EXPECTED or _LOOKS_SECRET.search(str(value)):
+        return "(not shown)"
+    return repr(value)

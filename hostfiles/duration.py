@@ -13,10 +13,12 @@ _UNITS |= {"s": 1000, "ms": 1}
 
 def milliseconds(duration: str) -> int:
     """Milliseconds of a duration; ValueError if it is none."""
-    parts = re.findall(r"(\d+)(ms|[ywdhms])", duration)
-    if not parts or "".join(number + unit for number, unit in parts) != duration:
+    # Each unit once at most, the longest first.
+    match = re.fullmatch("".join(rf"(?:(\d+){unit})?" for unit in _UNITS), duration)
+    if match is None or not duration:
         raise ValueError(f"{duration!r} is not a Prometheus duration")
-    return sum(int(number) * _UNITS[unit] for number, unit in parts)
+    numbers = zip(match.groups(), _UNITS.values(), strict=True)
+    return sum(int(number) * factor for number, factor in numbers if number)
 
 
 def duration(milliseconds: int) -> str:

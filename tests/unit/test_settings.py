@@ -108,7 +108,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         lambda g: g.update(operatorCidrs=[]),
         "operatorCidrs",
         "",
-        "at least 1 item",
+        "give it at least one entry",
     ),
     "a target without port": (
         lambda g: first_slave(g, jobs=[{"name": "a", "targets": ["core01.example.internal"]}]),
@@ -144,7 +144,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         lambda g: g["master"].update(otherStacks=[{"stack": "west", "sites": []}]),
         "master.otherStacks[0].sites",
         "",
-        "at least 1 item",
+        "give it at least one entry",
     ),
     "two slaves of one host name": (
         lambda g: g["slaves"].append({"site": "cork", "host": "prometheus-slave"}),
@@ -308,7 +308,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         ),
         "slaves[0].jobs[0].ec2_sd_configs[0].filters",
         "",
-        "at least 1 item",
+        "give it at least one entry",
     ),
     "a job named as one of ours": (
         lambda g: first_slave(g, jobs=[{"name": "federate", "targets": ["a:1"]}]),
@@ -327,6 +327,85 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "scrapeInterval",
         "'15'",
         "write it like 15s",
+    ),
+    "an interval of no time": (
+        lambda g: g.update(evaluationInterval="0s"),
+        "evaluationInterval",
+        "'0s'",
+        "write it like 15s",
+    ),
+    "a duration in an order that Prometheus does not read": (
+        lambda g: g.update(retentionTime="30s1m"),
+        "retentionTime",
+        "'30s1m'",
+        "write it like 15s, 1m30s or 30d",
+    ),
+    "an interval of a job that is none": (
+        lambda g: only_job(g, scrape_interval="1 s"),
+        "slaves[0].jobs[0]",
+        "the scrape_interval '1 s'",
+        "write it like 15s",
+    ),
+    "a port beyond all ports, of an issuer": (
+        lambda g: g["master"].update(
+            oauth2={"issuer": "https://x:99999", "clientId": "a", "clientSecret": "b"}
+        ),
+        "master.oauth2.issuer",
+        "'https://x:99999'",
+        "write it like https://accounts.example.com",
+    ),
+    "a port beyond all ports, of a receiver": (
+        lambda g: g.update(
+            alerting={
+                "route": {"receiver": "a"},
+                "receivers": [{"name": "a", "webhook_configs": [{"url": "https://a:99999"}]}],
+            }
+        ),
+        "alerting",
+        "receivers[0].webhook_configs[0].url (not shown)",
+        "no https address",
+    ),
+    "a list that is one text": (
+        lambda g: g.update(operatorCidrs="203.0.113.7/32"),
+        "operatorCidrs",
+        "'203.0.113.7/32'",
+        "write it like [a, b]",
+    ),
+    "a list that is left empty": (
+        lambda g: g.update(operatorCidrs=None),
+        "operatorCidrs",
+        "(nothing)",
+        "write it like [a, b]",
+    ),
+    "an object that is a text": (
+        lambda g: g.update(slaves=["dublin"]),
+        "slaves[0]",
+        "is no object",
+        "write it as keys with their values",
+    ),
+    "a text that is a number": (
+        lambda g: g.update(retentionTime=30),
+        "retentionTime",
+        "30",
+        "put it in quotes",
+    ),
+    "a time of day that YAML takes for a number": (
+        lambda g: g.update(securityUpdates={"rebootAt": 240}),
+        "securityUpdates.rebootAt",
+        "240",
+        "put it in quotes",
+    ),
+    "a region that is a city": (
+        lambda g: first_slave(g, region="Dublin"),
+        "slaves[0].region",
+        "'Dublin'",
+        "write it like eu-west-1",
+    ),
+    "a password's generation that is a word": (
+        lambda g: first_slave(g, rotation={"password": "twice"}),
+        "slaves[0].rotation.password",
+        "'twice'",
+        "a valid integer",
     ),
     "a zone that is none": (
         lambda g: g.update(zone="https://example.com/"),
@@ -374,7 +453,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         lambda g: account(g, email="operator"),
         "letsEncrypt.email",
         "'operator'",
-        "",
+        "write it like operator@example.com",
     ),
     "an authority that anyone could play": (
         lambda g: account(g, server="http://acme.example.org/dir"),
@@ -482,7 +561,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         lambda g: g.update(securityUpdates={"rebootAt": "24:00"}),
         "securityUpdates.rebootAt",
         "24:00",
-        "match pattern",
+        'write it like "04:00"',
     ),
     "restarts for updates that nobody installs": (
         lambda g: g.update(securityUpdates={"install": False, "rebootAt": "04:00"}),
@@ -506,7 +585,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         lambda g: g.update(releases={"nginx": {"version": "1.26 or so"}}),
         "releases.nginx.version",
         "1.26 or so",
-        "should match pattern",
+        "is no version of a package",
     ),
     "a rule file that is not there": (
         lambda g: g.update(ruleFiles=["rules/none.yml"]),
@@ -538,6 +617,36 @@ def test_a_refused_password_is_shown_nowhere() -> None:
     assert "canary" not in str(refusal.value)
     assert refusal.value.__suppress_context__
     assert "canary" not in repr(refusal.value)
+
+
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\ncanary\n"
+# A secret where another thing belongs, mostly what is around it.
+MISPLACED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "the key as all of hostAccess": lambda g: first_slave(g, hostAccess=KEY),
+    "the private host key": lambda g: hosts(g, [HOST | {"hostKey": KEY}]),
+    "the key as the certificate": lambda g: only_job(g, tls_config={"cert": KEY}),
+    "the password as all of basic_auth": lambda g: only_job(g, basic_auth="a:canary"),
+    "the token as all of authorization": lambda g: only_job(g, authorization="Bearer canary"),
+    "a target with a password": lambda g: only_job(g, targets=["a:canary@a:1"]),
+    "the key as all of access": lambda g: existing(g, access=KEY),
+    "the password as all of basicAuth": lambda g: existing(g, basicAuth="a:canary"),
+    "a url with a password": lambda g: existing(g, url="http://a:canary@b:9090"),
+    "the secret as all of oauth2": lambda g: g["master"].update(oauth2="canary"),
+    "the hook as all of alerting": lambda g: g.update(alerting="https://hooks/canary"),
+    "a release with a password": lambda g: g.update(
+        releases={"prometheus": {"version": "3.13.2", "sha256": "0", "url": "ftp://a:canary@b/c"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISPLACED)
+def test_a_secret_in_the_wrong_place_is_not_shown_either(kind: str) -> None:
+    given = environment()
+    MISPLACED[kind](given)
+    with pytest.raises(SettingsError) as refusal:
+        check(given)
+    assert "(not shown)" in str(refusal.value)
+    assert "canary" not in str(refusal.value)
 
 
 def test_an_accepted_secret_is_shown_nowhere() -> None:
