@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sandbox import acme, host, machine
@@ -21,6 +22,7 @@ from sandbox.progress import silent
 from tests.sandbox import test_7_letsencrypt as public
 from tests.sandbox.conftest import Sandbox
 from tests.sandbox.notified import (
+    FEDERATE,
     OF_THIS_MACHINE,
     PROMETHEUS,
     Fault,
@@ -141,6 +143,12 @@ def nothing_to_scrape(sandbox: Sandbox) -> None:
 def scrapes_again(sandbox: Sandbox) -> None:
     put_back(sandbox, "dublin", PROMETHEUS)
     reload(sandbox, "dublin")
+
+
+def match(sandbox: Sandbox, old: str, new: str) -> None:
+    """Has the master ask the slave for something else."""
+    changed_by_hand(sandbox, "master", FEDERATE, f"s/{old}/{new}/")
+    reload(sandbox, "master")
 
 
 def backups_every_five_seconds(sandbox: Sandbox) -> None:
@@ -328,6 +336,11 @@ ROUNDS: tuple[dict[str, Fault], ...] = (
             cause=little_memory,
             cure=enough_memory,
             raises=(("HostMemoryLow", "dublin"),),
+        ),
+        "a site's match names nothing": Fault(
+            cause=partial(match, old='__name__=~".+"', new='job="typo"'),
+            cure=partial(match, old='job="typo"', new='__name__=~".+"'),
+            raises=(("FederationEmpty", "master"),),
         ),
         "the write-ahead log is damaged": Fault(
             cause=on("master", DAMAGED_WAL),
