@@ -354,9 +354,12 @@ def _discovered_labels(job: Job) -> list[dict[str, Any]]:
 
 
 def _native_histograms(release: Release) -> dict[str, bool]:
-    # Before 3.8 this was a feature flag and the key is an error. It also makes Prometheus ask for
-    # protobuf, which is smaller than text.
-    return {"scrape_native_histograms": True} if release.version_tuple >= (3, 8) else {}
+    # Before 3.8 the first was a feature flag and the key is an error. It also makes Prometheus ask
+    # for protobuf, which is smaller than text. Without the second, a histogram that is exposed in
+    # both forms has no `_bucket` any more, and a master that asks for text gets nothing of it.
+    if release.version_tuple < (3, 8):
+        return {}
+    return {"scrape_native_histograms": True, "always_scrape_classic_histograms": True}
 
 
 def _service(server: Server) -> str:

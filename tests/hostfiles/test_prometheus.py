@@ -245,7 +245,9 @@ def test_native_histograms_wait_for_the_version_that_knows_them(
 ) -> None:
     server = slave_server(prometheus=release("prometheus", version))
     known = prometheus.configuration(server)["global"]
-    assert ("scrape_native_histograms" in known) is present
+    # Never one without the other: who asks for `_bucket` would find nothing.
+    for key in ("scrape_native_histograms", "always_scrape_classic_histograms"):
+        assert (key in known) is present
 
 
 @pytest.mark.parametrize(
