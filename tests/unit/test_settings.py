@@ -267,6 +267,12 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "'SHA256:abc'",
         "cat /etc/ssh/ssh_host_ed25519_key.pub",
     ),
+    "a host key that would be verified by SHA-1": (
+        lambda g: hosts(g, [HOST | {"hostKey": "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABgQ"}]),
+        "slaves[0].jobs[0].hosts[0].hostKey",
+        "ssh-rsa",
+        "no ed25519 or ecdsa host key",
+    ),
     "an address that is a name": (
         lambda g: hosts(g, [HOST | {"address": "core01"}]),
         "slaves[0].jobs[0].hosts[0].address",
