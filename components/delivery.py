@@ -13,6 +13,8 @@ import pulumi
 import pulumi_command as command
 from pulumi import CustomTimeouts, Input, Output, ResourceOptions
 
+from hostfiles.duration import duration, milliseconds
+
 # Refused dials use up a limit of tries at once, so attempts follow each other until the command's
 # time is up; and how long one of them may take.
 _DIALLING: dict[str, Any] = {"dial_error_limit": -1, "per_dial_timeout": 15}
@@ -68,9 +70,11 @@ def deliver(
 ) -> command.remote.Command:
     """Runs `run`, and again whenever it, `stdin` or the connection changes; on destroy `remove`.
 
-    A change of `triggers` makes another command of it. What it prints is secret unless `logging`
-    says otherwise.
+    `timeout` is a Prometheus duration. A change of `triggers` makes another command of it. What it
+    prints is secret unless `logging` says otherwise.
     """
+    # Pulumi reads Go's durations, which know no days.
+    timeout = duration(milliseconds(timeout))
     return command.remote.Command(
         name,
         connection=to,

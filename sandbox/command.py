@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from hostfiles.duration import milliseconds
 from sandbox.program import Resource
 from sandbox.providers import Inputs, Outputs, Provider
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 # OpenSSH's own exit code, for a connection that failed (and a command may end with it, too).
 _SSH_FAILED = 255
 # What a provider's connection has unless it says otherwise.
@@ -249,6 +249,5 @@ def why_unreachable(stderr: str, connection: Mapping[str, Any]) -> str:
 
 
 def _seconds(timeout: str) -> float:
-    """Seconds of a Go duration such as `15m`; the provider's default is 20 minutes."""
-    parts = re.findall(r"(\d+)([smh])", timeout)
-    return sum(int(number) * _UNITS[unit] for number, unit in parts) or 1200.0
+    """Seconds of a duration such as `900s`; the provider's default is 20 minutes."""
+    return milliseconds(timeout) / 1000 if timeout else 1200.0

@@ -45,11 +45,18 @@ def test_it_is_reached_once_its_slaves_serve_and_must_show_its_key(evaluated: Ev
     assert isinstance(command.inputs["stdin"], Secret)
     assert {"stdout", "stderr"} <= set(command.secret_outputs)
     assert command.inputs["logging"] == "none"
-    assert command.timeout_create == "5m"
+    assert command.timeout_create == "300s"
     bundle = evaluated.recorder.one(providers.COMMAND, "slave-dublin-bundle")
     assert bundle.urn in command.dependencies
     assert "remove prometheus-federation/dev; " in command.inputs["delete"]
     assert "canary" not in command.inputs["create"] + command.inputs["delete"]
+
+
+def test_its_time_is_told_in_a_unit_that_pulumi_knows() -> None:
+    access = {**EXISTING["access"], "timeout": "1d"}
+    found = run_program(master={}, existingMaster={**EXISTING, "access": access})
+    command = found.recorder.one(providers.COMMAND, "existing-master")
+    assert command.timeout_create == "86400s"
 
 
 def test_its_sshd_may_answer_elsewhere_than_its_name() -> None:
