@@ -61,7 +61,8 @@ class Backups(pulumi.ComponentResource):
         backup = environment.settings.backup
         aws.dlm.LifecyclePolicy(
             f"backups-{region}" if region else "backups",
-            description=f"Data volumes of {environment.prefix}",
+            # Not the stack's name: it may have a dot, and this may not.
+            description="Data volumes of a federated Prometheus",
             execution_role_arn=role.arn,
             state="ENABLED",
             policy_details=aws.dlm.LifecyclePolicyPolicyDetailsArgs(
