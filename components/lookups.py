@@ -53,12 +53,12 @@ class Lookups:
     """The answers. Plain values, not Outputs: they decide where a data volume is made."""
 
     zone_id: str
-    _networks: Mapping[tuple[str | None, str | None], Network]
+    _networks: Mapping[str, Network]
     _images: Mapping[str | None, str]
 
     def network(self, host: HostSettings) -> Network:
         """Where a host stands: the subnet that the user names, else a default one."""
-        return self._networks[host.subnet_id, host.region]
+        return self._networks[host.host]
 
     def image(self, host: HostSettings) -> str:
         """The id of the machine image that a host is made from."""
@@ -68,32 +68,49 @@ class Lookups:
 def look_up(settings: Settings) -> Lookups:
     """Asks AWS for everything that an environment needs to know."""
     hosts = [*settings.slaves, *([settings.master] if settings.master else [])]
-    places = dict.fromkeys((host.subnet_id, host.region) for host in hosts)
+    places = {
+        host.host: (host.subnet_id, host.region, settings.instance_type_of(host)) for host in hosts
+    }
+    networks = {place: _find_network(*place) for place in dict.fromkeys(places.values())}
     regions = dict.fromkeys(host.region for host in hosts)
     return Lookups(
         zone_id=aws.route53.get_zone(name=settings.zone).zone_id,
-        _networks={place: _find_network(*place) for place in places},
+        _networks={host: networks[place] for host, place in places.items()},
         _images={region: settings.ami_id or _find_image(settings.os, region) for region in regions},
     )
 
 
-def _find_network(subnet_id: str | None, region: str | None) -> Network:
-    """The subnet of that id, or the first (by id) default subnet of the region.
+def _find_network(subnet_id: str | None, region: str | None, instance_type: str) -> Network:
+    """The subnet of that id, or the first (by id) default subnet of the region whose zone has
+    such instances: not every zone has all types.
 
     https://docs.aws.amazon.com/vpc/latest/userguide/default-vpc.html
+    https://docs.aws.amazon.com/ec2/latest/instancetypes/instance-discovery.html
     """
     if subnet_id is None:
         default = aws.ec2.get_vpc(default=True, region=region)
+        zones = aws.ec2.get_instance_type_offerings(
+            location_type="availability-zone",
+            filters=[
+                aws.ec2.GetInstanceTypeOfferingsFilterArgs(
+                    name="instance-type", values=[instance_type]
+                )
+            ],
+            region=region,
+        ).locations
         candidates = aws.ec2.get_subnets(
             filters=[
                 aws.ec2.GetSubnetsFilterArgs(name="vpc-id", values=[default.id]),
                 aws.ec2.GetSubnetsFilterArgs(name="default-for-az", values=["true"]),
+                # No such zone at all would be no filter at all.
+                aws.ec2.GetSubnetsFilterArgs(name="availability-zone", values=zones or ["none"]),
             ],
             region=region,
         ).ids
         if not candidates:
             raise LookupError(
-                f"the default VPC {default.id} has no default subnet; name one with subnetId"
+                f"the default VPC {default.id} has no default subnet in a zone that has "
+                f"{instance_type}; name a subnet with subnetId, or another instanceType"
             )
         subnet_id = min(candidates)
     subnet = aws.ec2.get_subnet(id=subnet_id, region=region)

@@ -52,6 +52,7 @@ class Recorder:
                 "id": args.get("id") or "vpc-default",
                 "cidrBlock": "10.0.0.0/16",
             },
+            "aws:ec2/getInstanceTypeOfferings:getInstanceTypeOfferings": {"locations": ["zone-a"]},
             "aws:ec2/getSubnets:getSubnets": {"ids": ["subnet-a", "subnet-b"]},
             "aws:ec2/getSubnet:getSubnet": {
                 "vpcId": f"vpc-of-{args.get('id')}",

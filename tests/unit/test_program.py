@@ -354,6 +354,16 @@ def test_an_environment_may_have_only_a_master() -> None:
 def test_the_subnet_is_the_user_s_or_one_of_the_default_vpc(dev: Evaluated) -> None:
     (instance, *_) = dev.recorder.of_type(providers.INSTANCE)
     assert instance.inputs["subnetId"] == "subnet-a"
+    asked = {
+        (name, *args["filters"][0]["values"], *args["filters"][-1]["values"])
+        for name, args in dev.recorder.functions
+        if "filters" in args and "getAmi" not in name
+    }
+    # In a zone that has such instances.
+    assert asked == {
+        ("aws:ec2/getInstanceTypeOfferings:getInstanceTypeOfferings", "t3.micro", "t3.micro"),
+        ("aws:ec2/getSubnets:getSubnets", "vpc-default", "zone-a"),
+    }
     named = run_program(master={"host": "m", "subnetId": "subnet-mine"})
     assert named.recorder.one(providers.INSTANCE, "master-1").inputs["subnetId"] == "subnet-mine"
 
