@@ -349,6 +349,43 @@ class _Federate(http.server.BaseHTTPRequestHandler):
         """Nothing."""
 
 
+class _Page(http.server.BaseHTTPRequestHandler):
+    """Answers with success and a page, or with less than it promises."""
+
+    def do_GET(self) -> None:
+        page = b"<html>Log in</html>"
+        cut = self.path.startswith("/cut")
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page) + cut))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own name
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("", "answers, but not as Prometheus does"), ("/cut", "no answer from Prometheus at")],
+)
+def test_an_answer_that_is_none_of_prometheus_is_refused_with_what_to_look_at(
+    program: SimpleNamespace, path: str, words: str
+) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}{path}"
+            there = {"config_file": "/none/prometheus.yml", "url": url, "ca": "", "username": ""}
+            with pytest.raises(program.Refused) as refusal:
+                program.Prometheus(there).data("status/buildinfo")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert words in str(refusal.value)
+    assert url in str(refusal.value)
+
+
 ODD = """\
 # Ours since 2019.   Ask before you touch it!
 global: {scrape_interval: 1s,   scrape_timeout: 1s}
