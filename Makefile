@@ -46,7 +46,7 @@ test-unit: lint ## What needs neither root nor machines
 	@$(RUN) pytest -n auto -m "not machines"
 
 soak: .venv/.complete ## Slow: another Prometheus, fifty hosts, renewals every second, every alert, public certificates, web pages (root)
-	@$$([ $$(id -u) = 0 ] || echo sudo) $(RUN) pytest -s --timeout 3600 tests/soak tests/sandbox/test_7_letsencrypt.py
+	@$$([ $$(id -u) = 0 ] || echo sudo --preserve-env=SANDBOX_DEBIAN_MIRROR --) $(RUN) pytest -s --timeout 3600 tests/soak tests/sandbox/test_7_letsencrypt.py
 
 preview: .venv/.complete ## What this working tree would change since REF: make preview REF=main STACK=dev
 	@$(RUN) sandbox.preview --ref $(REF) --stack $(STACK)

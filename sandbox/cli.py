@@ -47,7 +47,13 @@ STOPPED = "stopped; `make up` goes on where this ended, `make down` removes all"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    chosen = _parser().parse_args(argv)
+    parser = _parser()
+    chosen = parser.parse_args(argv)
+    if chosen.run is _ssh and not chosen.name:
+        parser.error(
+            "ssh: NAME is missing; name a machine that `make status` lists, "
+            "such as: make ssh NAME=prometheus-master"
+        )
     console = Console(highlight=False)
     try:
         host.require_platform()
@@ -95,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     snapshot.add_argument("name", nargs="?", help="of this host alone, as in `status`")
     snapshot.set_defaults(run=_snapshot)
     ssh = commands.add_parser("ssh", help="a shell on a machine")
-    ssh.add_argument("name", help="as in `status`: prometheus-master, core01, …")
+    # Optional here, as argparse would ask for the command, too.
+    ssh.add_argument("name", nargs="?", help="as in `status`: prometheus-master, core01, …")
     ssh.add_argument("command", nargs=argparse.REMAINDER, help="run this instead of a shell")
     ssh.set_defaults(run=_ssh)
     down = commands.add_parser("down", help="remove everything that `up` made")
@@ -113,7 +120,8 @@ def _become_root(argv: list[str]) -> None:
         file=sys.stderr,
     )
     try:
-        os.execvp("sudo", ["sudo", "--", sys.executable, "-m", "sandbox", *argv])  # noqa: S606
+        kept = "--preserve-env=SANDBOX_DEBIAN_MIRROR"
+        os.execvp("sudo", ["sudo", kept, "--", sys.executable, "-m", "sandbox", *argv])  # noqa: S606
     except FileNotFoundError:
         raise SandboxError(
             "The sandbox needs root, and there is no sudo.", "Run the same command as root."

@@ -190,7 +190,7 @@ def _registered(directory: Path, stack: str) -> list[Resource]:
             project.config, Plan(slot=0, state_dir=HERE), load_world(), stand_ins=True
         )
         evaluate(replace(project, config=config), recorder)
-    except (pulumi.RunError, SandboxError, FileNotFoundError) as error:
+    except (pulumi.RunError, SandboxError) as error:
         sys.exit(f"stack {stack}: {error}")
     return recorder.resources
 

@@ -31,6 +31,8 @@ from pulumi.runtime import rpc, settings
 from pulumi.runtime.proto import resource_pb2
 from pulumi.runtime.sync_await import _ensure_event_loop, _sync_await
 
+from sandbox.host import SandboxError
+
 # How a secret looks on the wire: https://github.com/pulumi/pulumi/blob/master/sdk/python/lib/pulumi/runtime/rpc.py
 _SIGNATURE = rpc._special_sig_key
 _SECRET = rpc._special_secret_sig
@@ -135,7 +137,8 @@ def read_project(
     """Pulumi.yaml's defaults, under the stack's own file, under `overrides`.
 
     Keys are full (`prometheus-federation:zone`). An encrypted value has a stand-in that changes
-    when it does. Raises FileNotFoundError for a stack without a file. https://www.pulumi.com/docs/iac/concepts/projects/project-file/
+    when it does. Raises SandboxError for a file of a stack that is missing or that the Pulumi CLI
+    would refuse. https://www.pulumi.com/docs/iac/concepts/projects/project-file/
     """
     description = yaml.safe_load((directory / "Pulumi.yaml").read_text())
     name = description["name"]
@@ -145,7 +148,7 @@ def read_project(
         if "default" in schema
     }
     chosen = stack_file or directory / f"Pulumi.{stack}.yaml"
-    config.update((yaml.safe_load(chosen.read_text()) or {}).get("config", {}))
+    config.update(_stack_settings(chosen, name))
     config.update(overrides or {})
     encrypted: list[str] = []
     return Project(
@@ -155,6 +158,47 @@ def read_project(
         config={key: _without_cipher(item, key, key, encrypted) for key, item in config.items()},
         encrypted=tuple(encrypted),
     )
+
+
+def _stack_settings(file: Path, project: str) -> dict[str, Any]:
+    """What a stack's file sets. No error shows a value: any may be a secret."""
+    try:
+        # As bytes: what is no text is no YAML either.
+        content = yaml.safe_load(file.read_bytes())
+    except FileNotFoundError:
+        raise SandboxError(
+            f"There is no file {file}.",
+            "Write it, or name another: CONFIG=<file> for `make up`, STACK=<stack> for "
+            "`make preview`.",
+        ) from None
+    except OSError as error:
+        raise SandboxError(
+            f"{file} cannot be read: {error.strerror}.", "Name a file of settings."
+        ) from None
+    except yaml.YAMLError as error:
+        # Its own text would show the line.
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SandboxError(f"{file} is not YAML{where}.", "Correct the file.") from None
+    if content is None:
+        return {}
+    settings = content.get("config") if isinstance(content, dict) else content
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        what = "config" if isinstance(content, dict) else "the file"
+        raise SandboxError(
+            f"{file}: {what} is no mapping.",
+            f"Write keys with their values under `config:`, such as `{project}:zone: example.com`.",
+        )
+    # The CLI refuses these; here nobody would read them.
+    bare = [str(key) for key in settings if ":" not in str(key)]
+    if bare:
+        raise SandboxError(
+            f"{file}: {', '.join(bare)}: a key of `config:` without a prefix.",
+            f"Write {', '.join(f'{project}:{key}' for key in bare)}.",
+        )
+    return settings
 
 
 def _without_cipher(value: Any, path: str, name: str, found: list[str]) -> Any:

@@ -42,8 +42,10 @@ def test_a_user_is_asked_through_sudo_and_told_why(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "execvp", instead)
     assert cli.main(["status"]) == 130
-    ((sudo, *_, command),) = [asked[0]]
+    ((sudo, *options, command),) = asked
     assert (sudo, command) == ("sudo", "status")
+    # README.md: SANDBOX_DEBIAN_MIRROR=<address> make up.
+    assert options[:2] == ["--preserve-env=SANDBOX_DEBIAN_MIRROR", "--"]
     assert "to make machines, mounts, network links" in capsys.readouterr().err
 
 
@@ -57,6 +59,31 @@ def test_without_sudo_the_remedy_is_named(
     monkeypatch.setattr(os, "execvp", missing)
     assert cli.main(["status"]) == 1
     assert "Run the same command as root." in capsys.readouterr().out
+
+
+def test_ssh_without_a_name_says_which_names_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_become_root", lambda argv: pytest.fail("asked for root"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ssh"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "NAME is missing" in told
+    assert "`make status`" in told
+    assert "required: " not in told
+
+
+def test_ssh_takes_a_name_alone_or_with_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(host, "require_platform", lambda: None)
+    monkeypatch.setattr(cli, "_become_root", lambda argv: None)
+    monkeypatch.setattr(
+        cli, "_ssh", lambda chosen, console: asked.append((chosen.name, chosen.command)) or 0
+    )
+    assert cli.main(["ssh", "core01"]) == 0
+    assert cli.main(["ssh", "core01", "ls", "-l"]) == 0
+    assert asked == [("core01", []), ("core01", ["ls", "-l"])]
 
 
 @pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"], ["verify"], ["ssh"]])

@@ -68,6 +68,49 @@ def test_a_plain_setting_stays_as_it_is(tmp_path: Path) -> None:
     assert (found.config, found.encrypted) == (config, ())
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("config: {'tried:zone': x, backup: {keep: 1}}", ["backup", "Write tried:backup."]),
+        ("config: {zone: x, 1: y}", ["zone, 1", "Write tried:zone, tried:1."]),
+        ("config: hunter2", ["config is no mapping", "`tried:zone: example.com`"]),
+        ("config: [hunter2]", ["config is no mapping"]),
+        ("hunter2", ["the file is no mapping"]),
+        ("config:\n  tried:password: *hunter2\n", ["not YAML at line 2, column 19", "Correct"]),
+        ("config: {tried:password: hunter2", ["not YAML at line 1"]),
+        (b"config: \xff", ["not YAML", "Correct the file."]),
+    ],
+)
+def test_a_stacks_file_that_the_cli_would_refuse_is_refused_by_name_and_shows_no_value(
+    tmp_path: Path, content: str | bytes, said: list[str]
+) -> None:
+    (tmp_path / "Pulumi.yaml").write_text("name: tried\nruntime: python\n")
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SandboxError) as refusal:
+        read_project(tmp_path, "test", stack_file=file)
+    for part in (str(file), *said):
+        assert part in str(refusal.value)
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_a_missing_file_of_a_stack_is_told_with_the_ways_to_name_another(tmp_path: Path) -> None:
+    (tmp_path / "Pulumi.yaml").write_text("name: tried\nruntime: python\n")
+    with pytest.raises(SandboxError, match=r"There is no file .*/Pulumi\.test\.yaml") as refusal:
+        read_project(tmp_path, "test")
+    assert "CONFIG=<file>" in refusal.value.remedy
+    assert "STACK=<stack>" in refusal.value.remedy
+    with pytest.raises(SandboxError, match="cannot be read: Is a directory"):
+        read_project(tmp_path, "test", stack_file=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "config:\n", "encryptionsalt: v1:x\n"])
+def test_a_stacks_file_may_set_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "Pulumi.yaml").write_text("name: tried\nruntime: python\n")
+    (tmp_path / "Pulumi.test.yaml").write_text(content)
+    assert read_project(tmp_path, "test").config == {}
+
+
 def test_up_refuses_what_only_the_cli_can_decrypt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
