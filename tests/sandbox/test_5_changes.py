@@ -208,6 +208,21 @@ def test_a_rule_that_promtool_refuses_leaves_the_old_configuration_serving(
         quick.up()
 
 
+def test_a_match_that_the_slave_would_refuse_is_never_asked(quick: Sandbox) -> None:
+    before, slaves = quick.get("slaves"), quick.get("slaves")
+    slaves[0]["match"] = ['{job="CoreSystems"']
+    quick.set(slaves=slaves)
+    try:
+        with nothing_lost(quick):
+            printed = quick.refused()
+            assert 'checking match {job="CoreSystems" of site dublin' in printed
+            assert "parse error" in printed, "promtool's own words"
+    finally:
+        quick.set(slaves=before)
+    with nothing_lost(quick):
+        quick.up()
+
+
 def bundle(sandbox: Sandbox, host: str) -> dict[str, Any]:
     (record,) = [r for r in sandbox.state.records.values() if r.name == f"{host}-bundle"]
     return json.loads(record.inputs["stdin"].value)
