@@ -1,0 +1,121 @@
+"""mount-data on a file in the place of the volume; with a real volume: tests/sandbox."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hostfiles.templates import FOLDER
+from tests.hostfiles.conftest import Root
+
+pytestmark = pytest.mark.machines
+
+VOLUME = "/srv/nvme-Amazon_Elastic_Block_Store_vol0abc"
+# A file cannot be mounted without a loop device: it is only noted that it is.
+STUBS = {
+    "mountpoint": "[ -e /stub/mounted ]",
+    "mount": "echo mount >>/stub/calls; touch /stub/mounted",
+    "mkfs.ext4": 'echo mkfs >>/stub/calls; exec /usr/sbin/mkfs.ext4 "$@"',
+}
+USERS = "u prometheus -\nu alertmanager -\n"
+
+
+class Host:
+    """A root with mount-data in it, whose volume is a file."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        program = (FOLDER / "mount-data").read_text()
+        for real, here in (("/dev/disk/by-id/", "/srv/"), ("[ -b ", "[ -f ")):
+            assert program.count(real) == 1
+            program = program.replace(real, here)
+        root.write("/usr/local/sbin/mount-data", program, 0o755)
+        for name, script in STUBS.items():
+            self.stub(name, script)
+        root.write("/etc/sysusers.d/federation.conf", USERS)
+        self.script("systemd-sysusers")
+
+    def stub(self, name: str, script: str) -> None:
+        self.root.write(f"/stub/{name}", f"#!/bin/sh\n{script}\n", 0o755)
+
+    def script(self, script: str) -> str:
+        done = self.root.run(["sh", "-euc", script])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def mount(self) -> subprocess.CompletedProcess[str]:
+        self.root.write("/stub/calls", "")
+        return self.root.run(["mount-data", "vol-0abc", "/data"])
+
+    def boot(self) -> subprocess.CompletedProcess[str]:
+        (self.root.upper / "stub/mounted").unlink(missing_ok=True)
+        return self.mount()
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.root.upper / "stub/calls").read_text().split()
+
+    @property
+    def image(self) -> Path:
+        return self.root.upper / VOLUME.lstrip("/")
+
+
+@pytest.fixture
+def host(tool_root: Root) -> Host:
+    """Its volume is as EBS makes a new one."""
+    host = Host(tool_root)
+    host.script(f"truncate --size=64M {VOLUME}")
+    return host
+
+
+def test_a_new_volume_gets_a_file_system_once(host: Host) -> None:
+    done = host.boot()
+    assert done.returncode == 0, done.stderr
+    assert host.calls == ["mkfs", "mount"]
+    made = host.script(f"blkid --probe {VOLUME}")
+    assert "ext4" in made
+    assert host.boot().returncode == 0
+    assert host.calls == ["mount"]
+    assert host.script(f"blkid --probe {VOLUME}") == made, "its UUID too"
+
+
+def test_a_file_system_that_blkid_does_not_see_is_left_as_it_is(host: Host) -> None:
+    assert host.boot().returncode == 0
+    made = host.image.read_bytes()
+    # So it ends where a read fails.
+    host.stub("blkid", "exit 2")
+    done = host.boot()
+    assert done.returncode == 1
+    assert VOLUME in done.stderr
+    assert "left as it is" in done.stderr
+    assert host.calls == []
+    assert host.image.read_bytes() == made
+
+
+def test_a_volume_that_cannot_be_read_is_left_as_it_is(host: Host) -> None:
+    # What every read of it answers with: I/O error.
+    host.script(f"ln -sf /proc/self/mem {VOLUME}")
+    told = host.root.run(["sh", "-c", f"blkid --probe {VOLUME}; echo $?; cat {VOLUME}"])
+    assert told.stdout == "2\n", "blkid found nothing, and that is all it says"
+    assert "Input/output error" in told.stderr
+    done = host.boot()
+    assert done.returncode == 1
+    assert "left as it is" in done.stderr
+    assert host.calls == []
+
+
+def test_one_that_was_killed_while_it_made_the_file_system_is_finished(host: Host) -> None:
+    # Parts of a file system, and no superblock yet: mkfs writes that last.
+    half = f"printf half | dd of={VOLUME} bs=1 seek=8192 conv=notrunc status=none"
+    host.stub("mkfs.ext4", f"{half}; kill -9 $PPID")
+    assert host.boot().returncode != 0
+    host.stub("mkfs.ext4", STUBS["mkfs.ext4"])
+    done = host.boot()
+    assert done.returncode == 0, done.stderr
+    assert host.calls == ["mkfs", "mount"]
+    # Now there are data: never again.
+    host.script(f"truncate --size=0 {VOLUME}; truncate --size=64M {VOLUME}; {half}")
+    assert host.boot().returncode == 1
+    assert host.calls == []
