@@ -119,3 +119,101 @@ def test_one_that_was_killed_while_it_made_the_file_system_is_finished(host: Hos
     host.script(f"truncate --size=0 {VOLUME}; truncate --size=64M {VOLUME}; {half}")
     assert host.boot().returncode == 1
     assert host.calls == []
+
+
+# As an instance left it whose users had other numbers: each one's first number, and what is whose.
+OLD_USERS = {"prometheus": 901, "alertmanager": 902, "certbot": 903}
+LEFT = {
+    "wal/1": "prometheus",
+    "chunks_head/1": "prometheus",
+    "01A/chunks/1": "prometheus",
+    "backups/one/01A/chunks/1": "prometheus",
+    "alertmanager/silences": "alertmanager",
+    "letsencrypt/account": "certbot",
+    "lost+found/1": "root",
+    "targets/a.yml": "root:prometheus",
+}
+# prometheus and alertmanager have numbers here, certbot has none.
+MINE = LEFT | {"letsencrypt/account": "903"}
+
+
+def leave(host: Host) -> None:
+    """A volume that comes from such an instance."""
+    host.script("rm -rf /data")
+    for name, owner in LEFT.items():
+        user, _, group = owner.partition(":")
+        host.root.write(f"/data/{name}", name, 0o640)
+        numbers = [str(OLD_USERS.get(one, 0)) for one in (user, group or user)]
+        host.script(f"chown {':'.join(numbers)} /data/{name} /data/{name.split('/')[0]}")
+    host.script("chown 901:901 /data /data/01A/chunks && chmod 0700 /data/01A/chunks")
+
+
+def owners(host: Host) -> dict[str, str]:
+    """Whose each file is, by name, and by number where no user of this host has it."""
+    shown = host.script("cd /data && find . -type f -printf '%P %u %g\\n'")
+    rows = [line.split() for line in shown.splitlines()]
+    return {name: user if user == group else f"{user}:{group}" for name, user, group in rows}
+
+
+def test_files_of_an_instance_whose_users_had_other_numbers_are_their_users_again(
+    host: Host,
+) -> None:
+    leave(host)
+    assert owners(host) != MINE
+    assert host.boot().returncode == 0
+    assert owners(host) == MINE
+    shown = host.script("cd /data && stat -c '%U:%G %a' . targets 01A/chunks wal")
+    assert shown.split("\n")[:-1] == [
+        "prometheus:prometheus 750",
+        "root:prometheus 750",
+        "prometheus:prometheus 700",
+        "prometheus:prometheus 755",
+    ]
+
+
+def test_a_database_with_other_numbers_under_a_mountpoint_that_is_right_is_put_right(
+    host: Host,
+) -> None:
+    # So they lie where this program had taken the mountpoint alone.
+    leave(host)
+    host.script("chown prometheus:prometheus /data")
+    assert host.boot().returncode == 0
+    assert owners(host) == MINE
+
+
+def test_a_database_that_is_prometheus_already_is_not_walked_through(host: Host) -> None:
+    leave(host)
+    assert host.boot().returncode == 0
+    host.stub("find", "exit 1")
+    done = host.boot()
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_before_any_program_it_runs_the_next_run_finishes(host: Host) -> None:
+    # Killed in the middle of the database, what it looks at first is done already.
+    middle = (
+        'case "$0 $*" in *chown*wal*) /usr/bin/chown -R prometheus:prometheus /data/wal ;; esac'
+    )
+    for name in ("chgrp", "chmod", "chown", "find", "install", "mkdir", "stat"):
+        host.stub(
+            name,
+            "echo >>/stub/count\n"
+            f'[ "$(wc -l </stub/count)" != "$(cat /stub/kill)" ] || {{ {middle}; kill -9 0; }}\n'
+            f'exec /usr/bin/{name} "$@"',
+        )
+    number, status = 0, "137"
+    while status == "137":
+        number += 1
+        host.root.write("/stub/kill", "0")
+        leave(host)
+        host.script("chown prometheus: /data; rm -f /stub/count /stub/mounted")
+        host.root.write("/stub/kill", str(number))
+        told = host.root.run(
+            ["bash", "-c", "setsid --wait mount-data vol-0abc /data; echo $?"]
+        ).stdout
+        status = told.strip()
+        host.root.write("/stub/kill", "0")
+        assert host.boot().returncode == 0
+        assert owners(host) == MINE, number
+    assert status == "0", "it came to its end, and there was nothing more to be killed before"
+    assert number > 8, "there is so much to do"
