@@ -121,6 +121,32 @@ def test_one_that_was_killed_while_it_made_the_file_system_is_finished(host: Hos
     assert host.calls == []
 
 
+def test_a_volume_that_grew_has_its_file_system_grown(host: Host) -> None:
+    assert host.boot().returncode == 0
+    host.script(f"truncate --size=96M {VOLUME}")
+    done = host.mount()
+    assert done.returncode == 0
+    assert done.stderr == "", "what goes well is no news"
+    blocks = host.script(f"dumpe2fs -h {VOLUME} 2>/dev/null | grep '^Block'")
+    sizes = {name: int(value) for name, value in (line.split(":") for line in blocks.splitlines())}
+    assert sizes["Block count"] * sizes["Block size"] == 96 << 20
+
+
+def test_one_that_does_not_grow_stops_no_boot_and_fails_a_delivery_with_its_words(
+    host: Host,
+) -> None:
+    assert host.boot().returncode == 0
+    host.stub("resize2fs", "echo 'Please run e2fsck' >&2; exit 1")
+    for run, status in ((host.boot, 0), (host.mount, 1)):
+        host.script("rm -rf /data/*; chown root /data")
+        done = run()
+        assert done.returncode == status
+        assert "does not grow: Please run e2fsck" in done.stderr
+        assert VOLUME in done.stderr
+        shown = host.script("stat -c %U:%a /data /data/alertmanager").split()
+        assert shown == ["prometheus:750", "alertmanager:750"], "all else is done"
+
+
 # As an instance left it whose users had other numbers: each one's first number, and what is whose.
 OLD_USERS = {"prometheus": 901, "alertmanager": 902, "certbot": 903}
 LEFT = {
