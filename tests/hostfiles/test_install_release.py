@@ -1,10 +1,16 @@
-"""install-release, from a file."""
+"""install-release, from a file and from a server that stumbles."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.machinery
+import importlib.util
 import io
+import os
 import tarfile
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,20 +20,26 @@ from tests.hostfiles.conftest import Root
 pytestmark = pytest.mark.machines
 
 
-@pytest.fixture
-def tarball(tool_root: Root) -> str:
-    """A release of one program, in the host's root; its sha256."""
+@functools.cache
+def release() -> bytes:
+    """The tarball of one program."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         info = tarfile.TarInfo("demo-1.0.linux-amd64/demo")
         info.mode, info.size, info.uid = 0o775, 2, 1000
         tar.addfile(info, io.BytesIO(b"hi"))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tarball(tool_root: Root) -> str:
+    """A release of one program, in the host's root; its sha256."""
     file = tool_root.upper / "srv/demo.tar.gz"
     file.parent.mkdir(parents=True)
-    file.write_bytes(buffer.getvalue())
+    file.write_bytes(release())
     program = (FOLDER / "install-release").read_text()
     tool_root.write("/usr/local/sbin/install-release", program, 0o755)
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    return hashlib.sha256(release()).hexdigest()
 
 
 def test_a_release_is_unpacked_under_its_name_and_version(tool_root: Root, tarball: str) -> None:
@@ -78,3 +90,43 @@ def test_what_a_killed_one_left_is_removed_and_one_that_still_runs_is_waited_for
     there = tool_root.run(["ls", "-A", "/opt/releases"]).stdout.split()
     assert [name for name in there if "demo" in name] == ["demo-1.0"]
     assert tool_root.run(["ls", "-A", "/opt/releases/demo-1.0"]).stdout == "", "not ours"
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """install-release in this process, which brings releases to a folder of the test's."""
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    loader = importlib.machinery.SourceFileLoader(
+        "install_release", str(FOLDER / "install-release")
+    )
+    spec = importlib.util.spec_from_loader("install_release", loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "RELEASES", tmp_path / "releases")
+    return module
+
+
+def test_a_release_is_on_the_disk_before_it_has_its_name(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a name on empty files would pass for a release, for ever."""
+    steps: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        steps.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        steps.append(("rename", target.name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    tarball = tmp_path / "demo.tar.gz"
+    tarball.write_bytes(release())
+    program.main("demo", "1.0", tarball.as_uri(), hashlib.sha256(release()).hexdigest())
+    at = steps.index(("rename", "demo-1.0"))
+    assert {*steps[:at]} == {("fsync", "demo-1.0.linux-amd64"), ("fsync", "demo")}
+    assert steps[at + 1 :] == [("fsync", "releases")]
