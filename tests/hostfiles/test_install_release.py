@@ -7,8 +7,11 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import io
+import itertools
 import os
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +108,51 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     loader.exec_module(module)
     monkeypatch.setattr(module, "RELEASES", tmp_path / "releases")
     return module
+
+
+class Stumbling(BaseHTTPRequestHandler):
+    """Two answers that end too soon, without an error of the connection, and a whole one."""
+
+    protocol_version = "HTTP/1.1"
+    numbers = itertools.count(1)
+
+    def do_GET(self) -> None:
+        data, half = release(), release()[: len(release()) // 2]
+        number = next(self.numbers)
+        self.send_response(200)
+        if number == 2:
+            self.send_header("Transfer-Encoding", "chunked")
+            data, half = b"%x\r\n%b" % (len(data), half), b""
+        else:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(half if number == 1 else data)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+def test_a_download_that_is_cut_off_is_tried_again(
+    program: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(Stumbling, "numbers", itertools.count(1))
+    waits: list[float] = []
+    monkeypatch.setattr(program.time, "sleep", waits.append)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stumbling) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/demo.tar.gz"
+        program.main("demo", "1.0", url, hashlib.sha256(release()).hexdigest())
+        server.shutdown()
+    first, second = capsys.readouterr().err.splitlines()
+    size = len(release())
+    assert f"{url}: cut off after {size // 2} of {size} bytes (attempt 1)" in first
+    assert "IncompleteRead" in second
+    assert waits == [2, 4]
+    assert (program.RELEASES / "demo-1.0/demo").read_bytes() == b"hi"
 
 
 def test_a_release_is_on_the_disk_before_it_has_its_name(
