@@ -40,6 +40,7 @@ _NEVER = (
     *watch.PATHS,
     *alertmanager.PATHS,
     f"{prometheus.FOLDER}/alerts/",
+    programs.MOUNT_DATA,
 )
 # In this order.
 _LEFT_OUT = (

@@ -17,6 +17,8 @@ from hostfiles.templates import FOLDER, render
 
 NAMES = ("apply-bundle", "first-boot", "install-release", "mount-data", "replace-host-key")
 
+# Of no use before the first bundle, which starts its unit.
+MOUNT_DATA = "/usr/local/sbin/mount-data"
 SYSUSERS = "/etc/sysusers.d/federation.conf"
 DATA_VOLUME = "/etc/systemd/system/data-volume.service"
 # Started at boot by systemd's own dependency; nginx, ufw and ssh by their packages.
@@ -79,6 +81,6 @@ def checks(server: Server) -> tuple[Check, ...]:
 DATA_VOLUME_UNIT = Unit(
     name="data-volume.service",
     restart_on=(),
-    reload_on=(DATA_VOLUME, prometheus.SERVICE, "/usr/local/sbin/mount-data"),
+    reload_on=(DATA_VOLUME, prometheus.SERVICE, MOUNT_DATA),
     ready=("/usr/bin/mountpoint", "--quiet", "/data"),
 )

@@ -267,6 +267,55 @@ def test_killed_in_the_middle_a_refused_bundle_goes_back_to_the_last_whole_one(
     assert applied.calls == ["reload a.service", "reload b.service"]
 
 
+FULL = """
+mount -t tmpfs -o size=256k none /opt/federation
+deliver() { apply-bundle <"/stub/$1" >/dev/null; echo $?; }
+deliver good
+[ -z "$1" ] || { echo "$1" >/stub/kill; deliver next; }
+deliver big
+cat /etc/demo/b; echo
+ls -A /opt/federation/trees | wc -l
+deliver next
+cat /etc/demo/b; echo
+umount /opt/federation
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "statuses", "words"),
+    [
+        ("", ["0"], "Nothing was changed."),
+        ("reload b.service", ["0", "137"], "The old configuration is back and serving."),
+    ],
+)
+def test_a_full_disk_is_told_of_and_changes_nothing(
+    host: Host, killed_at: str, statuses: list[str], words: str
+) -> None:
+    bundles = {
+        "good": bundle(a="good 1", b="1"),
+        "next": bundle(a="good 1", b="2"),
+        "big": bundle(a="good 1", b="3", c="c" * 1_000_000),
+    }
+    host.root.write("/opt/federation/none", "")
+    for name, content in bundles.items():
+        host.root.write(f"/stub/{name}", json.dumps(content))
+    done = host.root.run(["sh", "-c", FULL, "full", killed_at])
+    disk = "writing to the disk of /opt/federation: [Errno 28] No space left on device"
+    assert f"apply-bundle: {disk}\n{words}\n" in done.stderr
+    assert done.stdout.split() == [*statuses, "1", "1", "1", "0", "2"]
+
+
+def test_a_state_that_cannot_be_written_before_the_swap_changes_nothing(applied: Host) -> None:
+    applied.root.run(["mkdir", "/opt/federation/state.json.new"])
+    done = applied.apply(bundle(a="good 1", b="2"))
+    assert done.returncode == 1
+    assert "state.json.new" in done.stderr
+    assert "Nothing was changed." in done.stderr
+    assert applied.cat("/etc/demo/b") == "1"
+    assert len(applied.trees()) == 1
+    assert applied.calls == []
+
+
 def test_what_somebody_changed_on_the_host_is_put_right(applied: Host) -> None:
     applied.root.run(["sh", "-c", "echo odd >>/etc/demo/b"])
     done = applied.apply(bundle(a="good 1", b="1"))

@@ -10,7 +10,17 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from hostfiles import alertmanager, backup, bundle, cloud_init, nginx_package, slave, system, watch
+from hostfiles import (
+    alertmanager,
+    backup,
+    bundle,
+    cloud_init,
+    nginx_package,
+    programs,
+    slave,
+    system,
+    watch,
+)
 from hostfiles.files import File, HostFiles
 from hostfiles.model import ServerSecrets, SlaveServer
 from hostfiles.web_config import web_config
@@ -74,7 +84,9 @@ def test_user_data_fits_and_holds_every_public_file_but_what_may_be_left_out(
     left_out = {file.path for file in host.files} - written
     folders = ("/etc/prometheus/", "/etc/nginx/", "/etc/node_exporter/")
     brought = (*alertmanager.PATHS, *backup.PATHS, *nginx_package.PATHS, *system.PATHS)
-    assert all(path.startswith((*folders, *brought, *watch.PATHS)) for path in left_out)
+    brought += (*watch.PATHS, programs.MOUNT_DATA)
+    assert all(path.startswith((*folders, *brought)) for path in left_out)
+    assert programs.MOUNT_DATA in left_out, "it is long, and the first bundle brings it"
     assert data == cloud_init.user_data(
         host, first_contact_key=ssh_key[0], first_contact_public=ssh_key[1]
     )
