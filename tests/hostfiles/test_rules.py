@@ -64,15 +64,11 @@ def test_minutes_follow_the_longer_interval_and_hours_do_not(
     assert {a["alert"]: a.get("for") for a in flat(slow["prometheus.yml"])}["TargetDown"] == "480s"
 
 
-# The distribution's own; what runs at deliveries and tells by failing them; and what has metrics of
-# its own (PublicCertificateFailing).
-UNWATCHED = {
-    *("systemd-journald.service", "apt-daily-upgrade.timer"),
-    *("nginx-package.service", "certbot.timer"),
-}
+# The distribution's own, and what runs at deliveries and tells by failing them.
+UNWATCHED = {"systemd-journald.service", "nginx-package.service"}
 
 
-def test_service_down_knows_each_unit_that_a_server_has(
+def test_each_unit_that_a_server_has_is_watched(
     master_server: Callable[..., MasterServer], authority: Authority
 ) -> None:
     ca = authority.certificate
