@@ -42,9 +42,9 @@ def test_without_the_setting_nothing_of_it_is_there(whole_master: HostFiles) -> 
 
 
 def test_its_secrets_are_in_files_of_its_own_and_nowhere_else(with_grafana: HostFiles) -> None:
-    for secret in ("G" * 48, "K" * 48):
-        found = [file for file in with_grafana.files if secret in file.content]
-        assert all(file.secret for file in found)
+    for secret, path in (("G" * 48, grafana.AUTHORIZATION), ("K" * 48, grafana.SECRET_KEY)):
+        (file,) = (file for file in with_grafana.files if secret in file.content)
+        assert (file.path, file.secret, file.group) == (path, True, "grafana")
     header = next(file for file in with_grafana.files if file.path == grafana.AUTHORIZATION)
     assert (header.group, header.mode) == ("grafana", 0o640)
     assert header.content.startswith("Bearer grafana_")

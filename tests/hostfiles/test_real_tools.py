@@ -245,7 +245,13 @@ def test_no_check_is_left_out_here(whole_slave: HostFiles, whole_master: HostFil
             "Typo=oneshot",
             "Typo",
         ),
-        ("alertmanager.yml", "/etc/alertmanager/alertmanager.yml", "receiver: team", "x: y", "x"),
+        (
+            "alertmanager.yml",
+            "/etc/alertmanager/alertmanager.yml",
+            "receiver: team",
+            "x: y",
+            "field x not",
+        ),
         ("Alertmanager's web.yml", "/etc/alertmanager/web.yml", "TLS12", "TLS99", "TLS99"),
         (
             "prometheus.yml",

@@ -284,7 +284,12 @@ def test_an_instance_type_change_stops_and_starts_its_machine_and_keeps_the_data
     slaves = quick.get("slaves")
     slaves[1]["instanceType"] = "t3.small"
     quick.set(slaves=slaves)
-    quick.wait('count_over_time(up{site="osaka",job="prometheus"}[1h]) > 3')
+    # Its own database: where that was made, and what it says of the time before.
+    made = quick.script("osaka", "stat --format=%W /data/lost+found")
+    query = 'count_over_time(up{job="Apps"}[1m])'
+    then = str(int(time.time()) - 5)
+    past = quick.own_api("osaka", "query", query=query, time=then)["result"]
+    assert past
     boots = quick.start_times()
     printed = quick.up()
     assert "change Instance slave-osaka-1" in printed
@@ -294,6 +299,8 @@ def test_an_instance_type_change_stops_and_starts_its_machine_and_keeps_the_data
     assert after["osaka"] != boots["osaka"]
     assert after["dublin"] == boots["dublin"]
     quick.wait('up{site="osaka",job="Apps"} == 1')
+    assert quick.script("osaka", "stat --format=%W /data/lost+found") == made
+    assert quick.own_api("osaka", "query", query=query, time=then)["result"] == past
 
 
 def test_a_bumped_generation_replaces_the_machine_and_keeps_address_and_data(

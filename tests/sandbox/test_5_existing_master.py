@@ -61,6 +61,7 @@ mkdir -p /srv/mon/conf/federate.rules /srv/mon/data
 printf %s "$1" >/srv/mon/conf/prom.yaml
 printf %s "$2" >/etc/systemd/system/mon.service
 chown -R prom: /srv/mon; chmod 0640 /srv/mon/conf/prom.yaml
+python3 -c 'import os; os.setxattr("/srv/mon/conf/prom.yaml", "user.note", b"kept")'
 touch -d 2024-02-03T04:05:06.789 /srv/mon/conf/prom.yaml
 systemctl daemon-reload; systemctl enable --now --quiet mon.service
 runuser -u {USER} -- sudo true"""
@@ -69,7 +70,10 @@ SNAPSHOT = r"""
 find /srv/mon/conf /opt /etc /usr/local -xdev -not -path '/etc/.pwd.lock' \
     -printf '%p %y %m %U %G %l ' \( -type f -printf '%T@ ' -exec sha256sum {} \; \
     -o -printf '\n' \)
-getfattr -Rdm- /srv/mon/conf 2>/dev/null || true
+python3 -c 'import os
+for folder, _, names in os.walk("/srv/mon/conf"):
+    for path in [folder, *(os.path.join(folder, name) for name in sorted(names))]:
+        print(path, [(name, os.getxattr(path, name)) for name in sorted(os.listxattr(path))])'
 """
 
 

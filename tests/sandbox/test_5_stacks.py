@@ -42,20 +42,22 @@ def both() -> Iterator[Stacks]:
         one.set(scrapeInterval=f"{INTERVAL_SECONDS}s", master={}, slaves=[])
         one.world["hosts"] = []
     hq.run("down")
-    # The master first: its address is what the slaves' stacks need to know.
-    hq.set(master=master)
-    hq.up("--no-verify")
-    there = hq.outputs["master"]
-    dublin.set(
-        slaves=[{key: site[key] for key in ("site", "host", "subnetId")}],
-        existingMaster={"host": there["host"], "cidrs": [there["publicIp"]]},
-    )
-    dublin.up()
-    hq.set(master=master | {"otherStacks": REMOTE})
-    printed = hq.up()
-    assert f'up{{job="federate", instance="{SLAVE}:9095", site="dublin"}} = 1' in printed
-    yield Stacks(hq=hq, dublin=dublin)
-    hq.run("down")
+    try:
+        # The master first: its address is what the slaves' stacks need to know.
+        hq.set(master=master)
+        hq.up("--no-verify")
+        there = hq.outputs["master"]
+        dublin.set(
+            slaves=[{key: site[key] for key in ("site", "host", "subnetId")}],
+            existingMaster={"host": there["host"], "cidrs": [there["publicIp"]]},
+        )
+        dublin.up()
+        hq.set(master=master | {"otherStacks": REMOTE})
+        printed = hq.up()
+        assert f'up{{job="federate", instance="{SLAVE}:9095", site="dublin"}} = 1' in printed
+        yield Stacks(hq=hq, dublin=dublin)
+    finally:
+        hq.run("down")
 
 
 @contextlib.contextmanager

@@ -95,13 +95,17 @@ def answers(sandbox: Sandbox, start: float, end: float) -> dict[tuple[str, str],
 
 
 def longest_gaps(sandbox: Sandbox, server: str, since: float) -> dict[str, float]:
-    """Of each core host the longest time between two good scrapes, as a server stored them."""
-    query = f"{SCRAPED}[{int(time.time() - since)}s]"
+    """Of each core host the longest time without a good scrape, as a server stored them.
+
+    Until now: who is never scraped again has no gap between two scrapes.
+    """
+    now = time.time()
+    query = f"{SCRAPED}[{int(now - since)}s]"
     gaps = {}
     for row in sandbox.own_api(server, "query", query=query)["result"]:
-        times = [timestamp for timestamp, value in row["values"] if value == "1"]
-        gap = max(later - earlier for earlier, later in itertools.pairwise(times))
-        gaps[row["metric"]["instance"]] = gap
+        good = [timestamp for timestamp, value in row["values"] if value == "1"]
+        moments = itertools.pairwise([since, *good, now])
+        gaps[row["metric"]["instance"]] = max(later - earlier for earlier, later in moments)
     assert gaps
     return gaps
 

@@ -123,7 +123,10 @@ def stopped(process: subprocess.Popen[str], seconds: float) -> None:
 def test_ctrl_c_ends_up_cleanly_and_the_next_one_goes_on(own: Sandbox) -> None:
     own.set(retentionTime="29d")
     with in_a_terminal(own) as process:
-        time.sleep(2.5)
+        # It has begun, and is in the middle soon.
+        assert process.stdout
+        assert process.stdout.readline()
+        time.sleep(2)
         process.send_signal(signal.SIGINT)
         stopped(process, 60)
     own.up()

@@ -108,6 +108,11 @@ def test_a_running_site_changes_its_authority_and_goes_back(public: Sandbox) -> 
     with nothing_failed(public):
         signed_by(public, "letsencrypt")
         assert PUBLIC in shown(public, "dublin")
+        timer = public.script(
+            "dublin", "systemctl show -p ActiveState,TimersCalendar certbot.timer"
+        )
+        assert "ActiveState=active" in timer
+        assert "OnCalendar=*-*-* 00,12:00:00" in timer
         # Open, and nobody there but during an attempt.
         assert knock(None, [door])[door] not in (OPEN, SILENCE)
         signed_by(public, "ownCa")

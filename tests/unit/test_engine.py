@@ -216,13 +216,26 @@ def test_what_does_not_depend_on_a_failure_is_done_and_every_failure_is_told(
 def test_what_was_called_off_is_not_told_as_a_failure(world: World) -> None:
     engine = world.engine()
 
+    create, begun = world.provider.create, threading.Event()
+
     def fail_and_stop(resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
-        engine.cancelled.set()
-        raise RuntimeError(f"{resource.name} cannot be made")
+        if resource.name == "a":
+            assert begun.wait(10)
+            engine.cancelled.set()
+            raise RuntimeError("a cannot be made")
+        begun.set()
+        assert engine.cancelled.wait(10)
+        return create(resource, inputs)
 
     world.provider.create = fail_and_stop
-    with pytest.raises(RuntimeError, match="cannot be made"):
-        engine.up(world.project('aws.ec2.Eip("a", domain="vpc")'))
+    program = """
+    aws.ec2.Eip("a", domain="vpc")
+    first = aws.ec2.Eip("b-1", domain="vpc")
+    aws.ec2.Eip("b-2", domain="vpc", opts=Opts(depends_on=[first]))
+    """
+    with pytest.raises(RuntimeError, match=r"^a cannot be made$"):
+        engine.up(world.project(program))
+    assert {r.name for r in world.engine()._state.records.values()} == {"b-1"}
     again = world.engine()
     again.cancelled.set()
     with pytest.raises(InterruptedError):
