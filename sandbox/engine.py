@@ -8,7 +8,7 @@ providers' business.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,9 +94,7 @@ class Engine:
         failures: list[tuple[Record, Exception]] = []
         # What could not be deleted may need what it depends on to be deleted later.
         needed: set[str] = set()
-        for record in sorted(
-            [*gone, *self._state.condemned], key=lambda r: r.sequence, reverse=True
-        ):
+        for record in _dependents_first([*gone, *self._state.condemned]):
             if self.cancelled.is_set():
                 raise InterruptedError("stopped before this was done; `up` again finishes it")
             try:
@@ -218,6 +216,32 @@ class Engine:
 
     def _step(self, verb: str, what: Resource | Record) -> AbstractContextManager[None]:
         return self._progress(f"{verb} {what.type.rpartition(':')[2]} {what.name}")
+
+
+def _dependents_first(records: Iterable[Record]) -> list[Record]:
+    """In the order in which they may be deleted; of those that need each other not, the newest.
+
+    Not by age alone: what was replaced is younger than what depends on it.
+    """
+    newest_first = sorted(records, key=lambda record: record.sequence, reverse=True)
+    dependents: dict[str, list[Record]] = {}
+    for record in newest_first:
+        for urn in record.dependencies:
+            dependents.setdefault(urn, []).append(record)
+    ordered: list[Record] = []
+    visited: set[int] = set()
+
+    def visit(record: Record) -> None:
+        if id(record) in visited:
+            return
+        visited.add(id(record))
+        for dependent in dependents.get(record.urn, []):
+            visit(dependent)
+        ordered.append(record)
+
+    for record in newest_first:
+        visit(record)
+    return ordered
 
 
 def _record(

@@ -132,6 +132,20 @@ def test_delete_before_replace_is_heeded(world: World) -> None:
     assert world.told() == [("delete", "id-1"), ("create", "disk")]
 
 
+def test_what_depends_on_a_replaced_resource_is_deleted_before_it(world: World) -> None:
+    program = """
+    link = aws.ec2.EipAssociation("link", allocation_id="a", instance_id="{instance}")
+    middle = aws.ec2.Eip("middle", tags={{"a": "{instance}"}}, opts=Opts(depends_on=[link]))
+    aws.ec2.Eip("last", opts=Opts(depends_on=[middle]))
+    """
+    world.up(program.format(instance="i-1"))
+    assert world.up(program.format(instance="i-2")) == "1 changed, 1 replaced, 1 deleted"
+    ids = {record.name: record.id for record in world.engine()._state.records.values()}
+    world.told()
+    world.up("")
+    assert world.told() == [("delete", ids[name]) for name in ("last", "middle", "link")]
+
+
 def test_what_the_program_no_longer_names_is_deleted_last_made_first(world: World) -> None:
     world.up(PAIR.format(tag=1, instance="i-1"))
     world.told()
