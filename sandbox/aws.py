@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,12 @@ class AwsProvider(Provider):
         if inputs["type"] != "A":
             raise NotImplementedError(f"{resource.name}: records of type {inputs['type']}")
         id_ = f"{inputs['zoneId']}_{inputs['name']}_A"
+        # One with the same address is what a killed run made.
+        if self._cloud.records.get(id_, inputs["records"][0]) != inputs["records"][0]:
+            raise SandboxError(
+                f"{resource.name}: the zone has a record {inputs['name']} already.",
+                "Route 53 would refuse it, too: a site that gets another name needs another host.",
+            )
         with self._changing():
             self._cloud.records[id_] = inputs["records"][0]
         return id_, {"fqdn": inputs["name"]}
@@ -296,7 +303,9 @@ class AwsProvider(Provider):
         return id_, {"name": f"{inputs.get('namePrefix', '')}{id_[-6:]}"}
 
     def _authorize(self, resource: Resource, inputs: Inputs) -> tuple[str, Outputs]:
-        id_ = _new_id("sgr")
+        # The same each time, so that what a killed run made is found again.
+        made_of = f"{resource.urn} {inputs['securityGroupId']}"
+        id_ = f"sgr-{sha256(made_of.encode()).hexdigest()[:16]}"
         used = {group for row in self._cloud.instances.values() for group in row.groups}
         with self._changing(seen=inputs["securityGroupId"] in used):
             self._set_rule(id_, resource, inputs)

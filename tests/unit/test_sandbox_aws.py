@@ -35,6 +35,48 @@ def create(aws: AwsProvider, type_: str, **inputs: Any) -> tuple[str, dict[str, 
     return aws.create(resource, inputs)
 
 
+RULE = {
+    "securityGroupId": "sg-1",
+    "cidrIpv4": "203.0.113.7/32",
+    "ipProtocol": "tcp",
+    "fromPort": 22,
+    "toPort": 22,
+}
+
+
+def named(urn: str, type_: str, inputs: dict[str, Any]) -> Resource:
+    return Resource(urn=urn, type=type_, name=urn, inputs=inputs, custom=True, parent="")
+
+
+def test_a_group_takes_no_rule_twice_but_finds_that_of_a_killed_run(
+    aws: AwsProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aws, "_apply", lambda: None)
+    ingress = providers.INGRESS_RULE
+    one, _ = aws.create(named("one", ingress, RULE), RULE)
+    assert aws.create(named("one", ingress, RULE), RULE)[0] == one
+    with pytest.raises(SandboxError, match=r"InvalidPermission\.Duplicate"):
+        aws.create(named("two", ingress, RULE), RULE)
+    other = RULE | {"fromPort": 23, "toPort": 23}
+    two, _ = aws.create(named("two", ingress, other), other)
+    with pytest.raises(SandboxError, match="has this very rule already"):
+        aws.update(named("two", ingress, RULE), two, RULE, other, {})
+    aws.delete(ingress, one, RULE, "")
+    aws.update(named("two", ingress, RULE), two, RULE, other, {})
+    # The same the other way is another rule.
+    aws.create(named("out", providers.EGRESS_RULE, RULE), RULE)
+
+
+def test_a_zone_takes_no_name_twice(aws: AwsProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aws, "_apply", lambda: None)
+    record = {"zoneId": "Z", "name": "a.example.com", "type": "A", "records": ["198.51.100.40"]}
+    aws.create(named("one", providers.RECORD, record), record)
+    aws.create(named("one", providers.RECORD, record), record)
+    elsewhere = record | {"records": ["198.51.100.41"]}
+    with pytest.raises(SandboxError, match=r"has a record a\.example\.com already"):
+        aws.create(named("two", providers.RECORD, elsewhere), elsewhere)
+
+
 def test_roles_are_noted(aws: AwsProvider) -> None:
     name, role = create(aws, providers.ROLE, namePrefix="watch-")
     assert name.startswith("watch-")
