@@ -222,8 +222,9 @@ def check_ranges(plan: Plan, *, in_use: Iterable[str] = ()) -> None:
 def hold(plan: Plan, *, take_over: bool = False) -> Iterator[None]:
     """Own the slot while the block runs; the slot stays this directory's afterwards.
 
-    Raises SandboxError when another process holds it (naming its pid and directory), or when it
-    belongs to another directory. take_over: accept the slot of a directory that is gone.
+    Raises SandboxError when another process holds it (naming its pid and directory), when it
+    belongs to another directory, or when this directory holds what no sandbox made.
+    take_over: accept the slot of a directory that is gone.
     """
     runtime = plan.runtime_dir
     runtime.mkdir(parents=True, exist_ok=True)
@@ -263,8 +264,20 @@ def _take(plan: Plan, take_over: bool) -> None:
             if owner.exists()
             else "That directory is gone: run `make down` here, which removes what it left.",
         )
-    (plan.runtime_dir / "owner").write_text(f"{plan.state_dir}\n")
-    plan.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     marker = plan.state_dir / MARKER
     if not marker.exists():
+        # What has the marker is removed as a whole: it must not get into a folder of the user's.
+        if plan.state_dir.exists() and any(plan.state_dir.iterdir()):
+            raise not_ours(plan.state_dir)
+        plan.state_dir.mkdir(parents=True, exist_ok=True)
+        plan.state_dir.chmod(0o700)
         marker.write_text("Removed by `make down`.\n")
+    (plan.runtime_dir / "owner").write_text(f"{plan.state_dir}\n")
+
+
+def not_ours(folder: Path) -> SandboxError:
+    """Return the refusal of a folder that is there and has no marker."""
+    return SandboxError(
+        f"{folder} has no file {MARKER}, so it may not be the sandbox's.",
+        "Name another folder with --state-dir, or remove this one yourself if it is.",
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sandbox import cli, world
 from sandbox import plan as plan_module
 from sandbox.host import SandboxError
 from sandbox.plan import SLOTS, Plan, check_ranges, checked_name, hold
@@ -112,3 +113,33 @@ def test_a_slot_whose_directory_is_gone_may_be_taken_over_to_remove_it(tmp_path:
         pass
     with hold(second, take_over=True):
         assert second.owner == second.state_dir
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_folder_of_the_users_gets_no_marker_and_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cli, "_become_root", lambda argv: None)
+    monkeypatch.setattr(world, "destroy", lambda plan: pytest.fail("would remove it"))
+    foreign = tmp_path / "documents"
+    foreign.mkdir()
+    (foreign / "letter").touch()
+    with pytest.raises(SandboxError, match="has no file") as caught, hold(Plan(0, foreign)):
+        pass
+    assert "--state-dir" in caught.value.remedy
+    assert cli.main(["--state-dir", str(foreign), "down"]) == 1
+    assert "has no file" in capsys.readouterr().out
+    assert [item.name for item in foreign.iterdir()] == ["letter"]
+    # The slot is nobody's.
+    assert Plan(0, foreign).owner is None
+
+
+@pytest.mark.usefixtures("runtime")
+def test_an_empty_folder_is_taken_and_shut_and_may_be_held_again(tmp_path: Path):
+    plan = Plan(0, tmp_path / "empty")
+    plan.state_dir.mkdir(mode=0o755)
+    with hold(plan):
+        assert plan.state_dir.stat().st_mode & 0o777 == 0o700
+        (plan.state_dir / "state.json").touch()
+    with hold(plan):
+        assert (plan.state_dir / plan_module.MARKER).exists()
