@@ -442,8 +442,12 @@ def _down(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
     # Holding the slot makes these; they do not count as found.
     held = {f"folder {p}" for p in (plan.state_dir, plan.runtime_dir) if not p.exists()}
-    with hold(plan, take_over=True):
+    before = plan.owner
+    with hold(plan, take_over=True, removing=True):
         removed = [line for line in world.destroy(plan) if line not in held]
+        if before not in (None, plan.state_dir):
+            # Of a folder that was removed by hand: the files are gone, the devices are not.
+            removed += [f"loop device {name}" for name in machine.release_loops_below(before)]
     if chosen.purge:
         removed += world.purge(
             {slot: Plan(slot=slot, state_dir=plan.state_dir) for slot in range(SLOTS)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from sandbox.host import SandboxError, run
+from sandbox.host import SandboxError, cgroups, run
 
 CACHE_DIR = Path("/var/cache/prometheus-federation-sandbox")
 RUNTIME_ROOT = Path("/run/prometheus-federation")
@@ -219,12 +219,13 @@ def check_ranges(plan: Plan, *, in_use: Iterable[str] = ()) -> None:
 
 
 @contextmanager
-def hold(plan: Plan, *, take_over: bool = False) -> Iterator[None]:
+def hold(plan: Plan, *, take_over: bool = False, removing: bool = False) -> Iterator[None]:
     """Own the slot while the block runs; the slot stays this directory's afterwards.
 
     Raises SandboxError when another process holds it (naming its pid and directory), when it
-    belongs to another directory, or when this directory holds what no sandbox made.
-    take_over: accept the slot of a directory that is gone.
+    belongs to another directory, when this directory holds what no sandbox made, or when it is new
+    and machines of the slot run. take_over: accept the slot of a directory that is gone.
+    removing: accept its machines, too, to remove them.
     """
     runtime = plan.runtime_dir
     runtime.mkdir(parents=True, exist_ok=True)
@@ -248,14 +249,14 @@ def hold(plan: Plan, *, take_over: bool = False) -> Iterator[None]:
         file.close()
         runtime.mkdir(parents=True, exist_ok=True)
     with file:
-        _take(plan, take_over)
+        _take(plan, take_over, removing)
         file.truncate(0)
         file.write(f"{os.getpid()} {plan.state_dir}\n")
         file.flush()
         yield
 
 
-def _take(plan: Plan, take_over: bool) -> None:
+def _take(plan: Plan, take_over: bool, removing: bool) -> None:
     owner = plan.owner
     if owner is not None and owner != plan.state_dir and not (take_over and not owner.exists()):
         raise SandboxError(
@@ -269,10 +270,26 @@ def _take(plan: Plan, take_over: bool) -> None:
         # What has the marker is removed as a whole: it must not get into a folder of the user's.
         if plan.state_dir.exists() and any(plan.state_dir.iterdir()):
             raise not_ours(plan.state_dir)
+        # Their keys, disks and addresses were in the folder that was here before.
+        if not removing and (left := _left_over(plan)):
+            raise SandboxError(
+                f"{plan.state_dir} is new, but of a sandbox in slot {plan.slot} whose folder was "
+                f"removed by hand there still are: {', '.join(left)}.",
+                f"Remove them with `make down` (python -m sandbox --slot {plan.slot} "
+                f"--state-dir {plan.state_dir} down) first.",
+            )
         plan.state_dir.mkdir(parents=True, exist_ok=True)
         plan.state_dir.chmod(0o700)
         marker.write_text("Removed by `make down`.\n")
     (plan.runtime_dir / "owner").write_text(f"{plan.state_dir}\n")
+
+
+def _left_over(plan: Plan) -> list[str]:
+    """Return the machines and namespaces of this slot, by their names."""
+    groups = [tree / plan.prefix for tree in cgroups().trees]
+    machines = {p.parent.name for group in groups for p in group.glob("*/launcher")}
+    namespaces = {p.name for p in NETNS_DIR.glob(f"{plan.prefix}-*")}
+    return sorted(machines) + sorted(namespaces)
 
 
 def not_ours(folder: Path) -> SandboxError:

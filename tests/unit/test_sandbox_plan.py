@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import cli, world
+from sandbox import cli, machine, world
 from sandbox import plan as plan_module
-from sandbox.host import SandboxError
+from sandbox.host import Cgroups, SandboxError
 from sandbox.plan import SLOTS, Plan, check_ranges, checked_name, hold
 
 
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tree = tmp_path / "cgroup"
+    groups = Cgroups(version=2, limits={"memory": tree, "cpu": tree}, trees=(tree,))
     monkeypatch.setattr(plan_module, "RUNTIME_ROOT", tmp_path / "run")
+    # What runs on this machine is none of a test's business.
+    monkeypatch.setattr(plan_module, "NETNS_DIR", tmp_path / "netns")
+    monkeypatch.setattr(plan_module, "cgroups", lambda: groups)
     return tmp_path / "run"
 
 
@@ -143,3 +148,46 @@ def test_an_empty_folder_is_taken_and_shut_and_may_be_held_again(tmp_path: Path)
         (plan.state_dir / "state.json").touch()
     with hold(plan):
         assert (plan.state_dir / plan_module.MARKER).exists()
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("left", ["cgroup/pf3/core01/launcher", "netns/pf3-inet"])
+def test_machines_whose_folder_was_removed_by_hand_are_not_mixed_with_new_keys(
+    tmp_path: Path, left: str
+):
+    plan = Plan(3, tmp_path / "state")
+    (tmp_path / left).mkdir(parents=True)
+    # Another slot's are no hindrance.
+    (tmp_path / "netns/pf30-inet").mkdir(parents=True)
+    with hold(Plan(2, tmp_path / "other")):
+        pass
+    with pytest.raises(SandboxError, match=r"core01|pf3-inet"), hold(plan):
+        pass
+    with pytest.raises(SandboxError, match=r"core01|pf3-inet") as caught, hold(plan):
+        pass
+    assert "`make down`" in caught.value.remedy
+    assert f"--slot 3 --state-dir {plan.state_dir} down" in caught.value.remedy
+    with hold(plan, removing=True):
+        assert plan.owner == plan.state_dir
+
+
+@pytest.mark.usefixtures("runtime")
+def test_down_frees_the_loop_devices_of_a_folder_that_was_removed_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    first, second = Plan(3, tmp_path / "first"), Plan(3, tmp_path / "second")
+    with hold(first):
+        pass
+    (first.state_dir / plan_module.MARKER).unlink()
+    first.state_dir.rmdir()
+    (tmp_path / "netns/pf3-inet").mkdir(parents=True)
+    # A refused `up` does not make it forgotten.
+    with pytest.raises(SandboxError, match="pf3-inet"), hold(second, take_over=True):
+        pass
+    monkeypatch.setattr(cli, "_become_root", lambda argv: None)
+    monkeypatch.setattr(world, "destroy", lambda plan: [])
+    monkeypatch.setattr(
+        machine, "release_loops_below", lambda folder: [f"of {folder}"] if folder else []
+    )
+    assert cli.main(["--slot", "3", "--state-dir", str(second.state_dir), "down"]) == 0
+    assert f"loop device of {first.state_dir}" in capsys.readouterr().out.replace("\n", "")
