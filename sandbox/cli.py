@@ -47,6 +47,9 @@ STOPPED = "stopped; `make up` goes on where this ended, `make down` removes all"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    # Machines and name servers run as users of their own, and read what is made here. What is
+    # secret says so itself.
+    os.umask(0o022)
     parser = _parser()
     chosen = parser.parse_args(argv)
     if chosen.run is _ssh and not chosen.name:
