@@ -242,6 +242,10 @@ def test_hosts_files_are_in_order():
 def test_a_firewall_that_forwards_nothing_is_refused_with_the_remedy() -> None:
     docker = {"family": "ip", "table": "filter", "name": "FORWARD", "hook": "forward"}
     check_forwarding([{**docker, "policy": "accept"}, {"name": "of no hook"}])
+    # The sandbox has no IPv6, nor a bridge.
+    check_forwarding([{**docker, "family": kind, "policy": "drop"} for kind in ("ip6", "bridge")])
+    with pytest.raises(SandboxError, match="inet filter drops"):
+        check_forwarding([{**docker, "family": "inet", "policy": "drop"}])
     with pytest.raises(SandboxError, match="FORWARD") as refusal:
         check_forwarding([{**docker, "policy": "drop"}])
     assert "iptables -P FORWARD ACCEPT" in refusal.value.remedy
