@@ -29,6 +29,8 @@ _SERVICE_RANGE = IPv4Network("203.0.113.0/24")
 # their package mirror at an address in 203.0.113.64/27.
 _BLOCKS = (0, 192, 128, 32, 224, 160, 96, 64)
 _PREFIX_LENGTH = 27
+# A shorter route is of no network that this machine is in.
+_MIN_PREFIX_LENGTH = 8
 SLOTS = len(_BLOCKS)
 
 MARKER = ".prometheus-federation-sandbox"
@@ -200,6 +202,9 @@ def check_ranges(plan: Plan, *, in_use: Iterable[str] = ()) -> None:
         if route.get("dst", "default") == "default" or route.get("dev") == own:
             continue
         network = IPv4Network(route["dst"], strict=False)
+        # A default route by halves, as OpenVPN's: ours, which are longer, go first.
+        if network.prefixlen < _MIN_PREFIX_LENGTH:
+            continue
         for taken in plan.public_ranges:
             if network.overlaps(taken):
                 where = " ".join(f"{k} {route[k]}" for k in ("gateway", "dev") if k in route)

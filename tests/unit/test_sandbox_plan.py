@@ -79,6 +79,15 @@ def test_own_and_unrelated_routes_are_accepted(tmp_path: Path, monkeypatch: pyte
     check_ranges(plan, in_use=["10.255.255.53"])
 
 
+def test_a_default_route_by_halves_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    halves = [{"dst": half, "dev": "tun0"} for half in ("0.0.0.0/1", "128.0.0.0/1")]
+    routes(monkeypatch, *halves)
+    check_ranges(Plan(0, tmp_path))
+    routes(monkeypatch, *halves, {"dst": "198.0.0.0/8", "dev": "eth7"})
+    with pytest.raises(SandboxError, match="already routes 198"):
+        check_ranges(Plan(0, tmp_path))
+
+
 def test_a_mirror_inside_our_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = Plan(0, tmp_path)
     routes(monkeypatch)
