@@ -16,6 +16,7 @@ so already. What cannot be had from AWS's behaviour is not here: no rule for "th
 import hashlib
 import json
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -842,9 +843,12 @@ def destroy_all(plan: Plan) -> list[str]:
         removed.append(f"network namespace {name}")
     if run(["ip", "link", "del", plan.host_link], check=False).returncode == 0:
         removed.append(f"link {plan.host_link}")
-    if run(["nft", "delete", "table", "ip", plan.host_table], check=False).returncode == 0:
-        removed.append(f"nftables table ip {plan.host_table}")
-    tables = run(["nft", "list", "tables", "ip"], check=False).stdout
+    tables = ""
+    # Where nft is not installed, there is no table: `up`, which installs it, did not come so far.
+    if shutil.which("nft"):
+        if run(["nft", "delete", "table", "ip", plan.host_table], check=False).returncode == 0:
+            removed.append(f"nftables table ip {plan.host_table}")
+        tables = run(["nft", "list", "tables", "ip"], check=False).stdout
     # Another slot's sandbox still needs them; the last to go sets them back.
     if not re.search(r"^table ip pf\d+$", tables, re.MULTILINE):
         for name in _SYSCTLS:

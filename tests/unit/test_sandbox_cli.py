@@ -41,6 +41,18 @@ def test_another_processor_is_told_what_to_use_instead(monkeypatch: pytest.Monke
         host.require_platform()
 
 
+def test_every_command_finds_what_is_in_sbin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PATH after `su`, or of a plain user: `down` stopped half way for want of nft."""
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")
+    monkeypatch.setattr(cli, "_become_root", lambda argv: None)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        cli, "_down", lambda chosen, console: asked.append(os.environ["PATH"].split(":")) or 0
+    )
+    assert cli.main(["down"]) == 0
+    assert {"/usr/sbin", "/sbin", "/usr/local/sbin"} <= set(asked[0])
+
+
 def test_a_user_is_asked_through_sudo_and_told_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
