@@ -53,7 +53,8 @@ class Plan:
             raise SandboxError(
                 f"There is no sandbox slot {self.slot}.", f"Use one of 0 to {SLOTS - 1}."
             )
-        object.__setattr__(self, "state_dir", self.state_dir.absolute())
+        # As the kernel names mounts and the files of loop devices: with no link in it.
+        object.__setattr__(self, "state_dir", self.state_dir.resolve())
 
     # Names
 
@@ -176,7 +177,7 @@ class Plan:
     def owner(self) -> Path | None:
         """The state directory that this slot belongs to now, or None."""
         try:
-            return Path((self.runtime_dir / "owner").read_text().strip())
+            return Path((self.runtime_dir / "owner").read_text().strip()).resolve()
         except FileNotFoundError:
             return None
 
