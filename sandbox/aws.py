@@ -437,6 +437,7 @@ class AwsProvider(Provider):
         folder = self._plan.machine_dir(instance.machine) / "instance"
         folder.mkdir(parents=True, exist_ok=True)
         # User-data with its first-contact key is the instance's own: its folder goes with it.
+        (folder / "user-data").touch(mode=0o600)
         (folder / "user-data").write_bytes(base64.b64decode(inputs["userDataBase64"]))
         (folder / "meta-data").write_text(
             json.dumps(

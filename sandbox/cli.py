@@ -47,6 +47,9 @@ STOPPED = "stopped; `make up` goes on where this ended, `make down` removes all"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    # Machines and name servers run as users of their own, and read what is made here. What is
+    # secret says so itself.
+    os.umask(0o022)
     parser = _parser()
     chosen = parser.parse_args(argv)
     if chosen.run is _ssh and not chosen.name:
@@ -442,8 +445,12 @@ def _down(chosen: argparse.Namespace, console: Console) -> int:
     plan = _plan(chosen)
     # Holding the slot makes these; they do not count as found.
     held = {f"folder {p}" for p in (plan.state_dir, plan.runtime_dir) if not p.exists()}
-    with hold(plan, take_over=True):
+    before = plan.owner
+    with hold(plan, take_over=True, removing=True):
         removed = [line for line in world.destroy(plan) if line not in held]
+        if before not in (None, plan.state_dir):
+            # Of a folder that was removed by hand: the files are gone, the devices are not.
+            removed += [f"loop device {name}" for name in machine.release_loops_below(before)]
     if chosen.purge:
         removed += world.purge(
             {slot: Plan(slot=slot, state_dir=plan.state_dir) for slot in range(SLOTS)}

@@ -136,7 +136,7 @@ def is_alive(pid: int) -> bool:
 
 
 def require_platform() -> None:
-    """Refuse a system on which no installed package would help."""
+    """Refuse a system on which no installed package would help; complete PATH on others."""
     if sys.platform != "linux":
         system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
         raise SandboxError(
@@ -151,6 +151,7 @@ def require_platform() -> None:
     absent = [name for name in KERNEL_NAMESPACES if not Path(f"/proc/self/ns/{name}").exists()]
     if absent:
         raise SandboxError(f"This kernel lacks the namespaces {', '.join(absent)}.", LINUX_INSTEAD)
+    _complete_path()
 
 
 def missing(packages: Mapping[str, str] = PACKAGES) -> list[str]:
@@ -159,7 +160,6 @@ def missing(packages: Mapping[str, str] = PACKAGES) -> list[str]:
     def installed(thing: str) -> bool:
         return Path(thing).exists() if thing.startswith("/") else shutil.which(thing) is not None
 
-    _complete_path()
     return [package for package, thing in packages.items() if not installed(thing)]
 
 
@@ -203,7 +203,7 @@ def prepare(progress: Progress) -> None:
 
 
 def _complete_path() -> None:
-    """Add the sbin directories, which the PATH of a plain user's shell lacks on Debian."""
+    """Add the sbin directories, which PATH lacks on Debian for a plain user, and after `su`."""
     have = os.environ.get("PATH", "").split(":")
     more = [d for d in ("/usr/local/sbin", "/usr/sbin", "/sbin") if d not in have]
     os.environ["PATH"] = ":".join([*have, *more])

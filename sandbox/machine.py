@@ -466,10 +466,10 @@ def create_volume(image: Path, *, size_gib: float) -> bool:
 
 
 def _loop_rows() -> Iterator[tuple[str, str]]:
-    listed = run(["losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-FILE"])
-    for line in listed.stdout.splitlines():
-        name, _, file = line.partition(" ")
-        yield name, file.replace("\\x20", " ").removesuffix(" (deleted)")
+    listed = run(["losetup", "--list", "--json", "--output", "NAME,BACK-FILE"]).stdout
+    # It says nothing at all where there is none.
+    for row in json.loads(listed or "{}").get("loopdevices", []):
+        yield row["name"], (row["back-file"] or "").removesuffix(" (deleted)")
 
 
 def _loops(image: Path) -> list[str]:

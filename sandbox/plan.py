@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from sandbox.host import SandboxError, run
+from sandbox.host import SandboxError, cgroups, run
 
 CACHE_DIR = Path("/var/cache/prometheus-federation-sandbox")
 RUNTIME_ROOT = Path("/run/prometheus-federation")
@@ -29,6 +29,8 @@ _SERVICE_RANGE = IPv4Network("203.0.113.0/24")
 # their package mirror at an address in 203.0.113.64/27.
 _BLOCKS = (0, 192, 128, 32, 224, 160, 96, 64)
 _PREFIX_LENGTH = 27
+# A shorter route is of no network that this machine is in.
+_MIN_PREFIX_LENGTH = 8
 SLOTS = len(_BLOCKS)
 
 MARKER = ".prometheus-federation-sandbox"
@@ -51,7 +53,8 @@ class Plan:
             raise SandboxError(
                 f"There is no sandbox slot {self.slot}.", f"Use one of 0 to {SLOTS - 1}."
             )
-        object.__setattr__(self, "state_dir", self.state_dir.absolute())
+        # As the kernel names mounts and the files of loop devices: with no link in it.
+        object.__setattr__(self, "state_dir", self.state_dir.resolve())
 
     # Names
 
@@ -174,7 +177,7 @@ class Plan:
     def owner(self) -> Path | None:
         """The state directory that this slot belongs to now, or None."""
         try:
-            return Path((self.runtime_dir / "owner").read_text().strip())
+            return Path((self.runtime_dir / "owner").read_text().strip()).resolve()
         except FileNotFoundError:
             return None
 
@@ -200,6 +203,9 @@ def check_ranges(plan: Plan, *, in_use: Iterable[str] = ()) -> None:
         if route.get("dst", "default") == "default" or route.get("dev") == own:
             continue
         network = IPv4Network(route["dst"], strict=False)
+        # A default route by halves, as OpenVPN's: ours, which are longer, go first.
+        if network.prefixlen < _MIN_PREFIX_LENGTH:
+            continue
         for taken in plan.public_ranges:
             if network.overlaps(taken):
                 where = " ".join(f"{k} {route[k]}" for k in ("gateway", "dev") if k in route)
@@ -219,11 +225,13 @@ def check_ranges(plan: Plan, *, in_use: Iterable[str] = ()) -> None:
 
 
 @contextmanager
-def hold(plan: Plan, *, take_over: bool = False) -> Iterator[None]:
+def hold(plan: Plan, *, take_over: bool = False, removing: bool = False) -> Iterator[None]:
     """Own the slot while the block runs; the slot stays this directory's afterwards.
 
-    Raises SandboxError when another process holds it (naming its pid and directory), or when it
-    belongs to another directory. take_over: accept the slot of a directory that is gone.
+    Raises SandboxError when another process holds it (naming its pid and directory), when it
+    belongs to another directory, when this directory holds what no sandbox made, or when it is new
+    and machines of the slot run. take_over: accept the slot of a directory that is gone.
+    removing: accept its machines, too, to remove them.
     """
     runtime = plan.runtime_dir
     runtime.mkdir(parents=True, exist_ok=True)
@@ -247,14 +255,14 @@ def hold(plan: Plan, *, take_over: bool = False) -> Iterator[None]:
         file.close()
         runtime.mkdir(parents=True, exist_ok=True)
     with file:
-        _take(plan, take_over)
+        _take(plan, take_over, removing)
         file.truncate(0)
         file.write(f"{os.getpid()} {plan.state_dir}\n")
         file.flush()
         yield
 
 
-def _take(plan: Plan, take_over: bool) -> None:
+def _take(plan: Plan, take_over: bool, removing: bool) -> None:
     owner = plan.owner
     if owner is not None and owner != plan.state_dir and not (take_over and not owner.exists()):
         raise SandboxError(
@@ -263,8 +271,36 @@ def _take(plan: Plan, take_over: bool) -> None:
             if owner.exists()
             else "That directory is gone: run `make down` here, which removes what it left.",
         )
-    (plan.runtime_dir / "owner").write_text(f"{plan.state_dir}\n")
-    plan.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     marker = plan.state_dir / MARKER
     if not marker.exists():
+        # What has the marker is removed as a whole: it must not get into a folder of the user's.
+        if plan.state_dir.exists() and any(plan.state_dir.iterdir()):
+            raise not_ours(plan.state_dir)
+        # Their keys, disks and addresses were in the folder that was here before.
+        if not removing and (left := _left_over(plan)):
+            raise SandboxError(
+                f"{plan.state_dir} is new, but of a sandbox in slot {plan.slot} whose folder was "
+                f"removed by hand there still are: {', '.join(left)}.",
+                f"Remove them with `make down` (python -m sandbox --slot {plan.slot} "
+                f"--state-dir {plan.state_dir} down) first.",
+            )
+        plan.state_dir.mkdir(parents=True, exist_ok=True)
+        plan.state_dir.chmod(0o700)
         marker.write_text("Removed by `make down`.\n")
+    (plan.runtime_dir / "owner").write_text(f"{plan.state_dir}\n")
+
+
+def _left_over(plan: Plan) -> list[str]:
+    """Return the machines and namespaces of this slot, by their names."""
+    groups = [tree / plan.prefix for tree in cgroups().trees]
+    machines = {p.parent.name for group in groups for p in group.glob("*/launcher")}
+    namespaces = {p.name for p in NETNS_DIR.glob(f"{plan.prefix}-*")}
+    return sorted(machines) + sorted(namespaces)
+
+
+def not_ours(folder: Path) -> SandboxError:
+    """Return the refusal of a folder that is there and has no marker."""
+    return SandboxError(
+        f"{folder} has no file {MARKER}, so it may not be the sandbox's.",
+        "Name another folder with --state-dir, or remove this one yourself if it is.",
+    )

@@ -31,7 +31,7 @@ from sandbox.image import (
     ensure_image,
 )
 from sandbox.network import Attachment, Fabric, Network, NetworkModel
-from sandbox.plan import CACHE_DIR, MARKER, NETNS_DIR, Plan, checked_name
+from sandbox.plan import CACHE_DIR, MARKER, NETNS_DIR, Plan, checked_name, not_ours
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
 USER = "admin"
@@ -554,10 +554,7 @@ def _remove_folder(plan: Plan, folder: Path) -> bool:
         return False
     # Never a folder that is not plainly ours, whatever a plan was given.
     if folder == plan.state_dir and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise SandboxError(
-            f"{folder} has no file {MARKER}, so it may not be the sandbox's.",
-            "Remove it yourself if it is.",
-        )
+        raise not_ours(folder)
     # The marker goes last, so that a removal that was killed can be gone on with.
     for item in folder.iterdir():
         if item.name not in (MARKER, "lock"):

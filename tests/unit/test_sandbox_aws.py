@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,31 @@ def test_roles_are_noted(aws: AwsProvider) -> None:
     profile, outputs = create(aws, providers.INSTANCE_PROFILE, role=name)
     assert profile.startswith("watcher-")
     assert (outputs["name"], outputs["role"]) == (profile, name)
+
+
+def test_user_data_is_its_owners_alone(
+    aws: AwsProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the key of the first contact."""
+    monkeypatch.setattr(aws, "_apply", lambda: None)
+    monkeypatch.setattr(aws, "_start", lambda id_: None)
+    monkeypatch.setattr(
+        Fabric,
+        "model",
+        property(lambda fabric: with_world(NetworkModel(), load_world(), Plan(3, tmp_path))),
+    )
+    create(
+        aws,
+        providers.INSTANCE,
+        instanceType="t3.micro",
+        ami="ami",
+        subnetId="subnet-dublin",
+        vpcSecurityGroupIds=[],
+        userDataBase64="c2VjcmV0",
+    )
+    (file,) = tmp_path.rglob("user-data")
+    assert file.read_text() == "secret"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def told(tmp_path: Path) -> dict[str, Any]:

@@ -6,12 +6,23 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sandbox import cli, host
+from sandbox.aws import Cloud
 from sandbox.host import SandboxError
+from sandbox.plan import Plan
+from sandbox.state import State
 from tests.unit.conftest import ROOT
+
+MASTER = {
+    "host": "master.example.com",
+    "publicIp": "198.51.100.1",
+    "sshHostKey": "ssh-ed25519 A",
+    "user": "reader",
+}
 
 
 @pytest.mark.parametrize(("system", "named"), [("darwin", "macOS"), ("win32", "Windows")])
@@ -28,6 +39,18 @@ def test_another_processor_is_told_what_to_use_instead(monkeypatch: pytest.Monke
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     with pytest.raises(SandboxError, match="aarch64"):
         host.require_platform()
+
+
+def test_every_command_finds_what_is_in_sbin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PATH after `su`, or of a plain user: `down` stopped half way for want of nft."""
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")
+    monkeypatch.setattr(cli, "_become_root", lambda argv: None)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        cli, "_down", lambda chosen, console: asked.append(os.environ["PATH"].split(":")) or 0
+    )
+    assert cli.main(["down"]) == 0
+    assert {"/usr/sbin", "/sbin", "/usr/local/sbin"} <= set(asked[0])
 
 
 def test_a_user_is_asked_through_sudo_and_told_why(
@@ -84,6 +107,37 @@ def test_ssh_takes_a_name_alone_or_with_a_command(monkeypatch: pytest.MonkeyPatc
     assert cli.main(["ssh", "core01"]) == 0
     assert cli.main(["ssh", "core01", "ls", "-l"]) == 0
     assert asked == [("core01", []), ("core01", ["ls", "-l"])]
+
+
+def test_what_is_made_can_be_read_whatever_the_users_umask_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host, "require_platform", lambda: None)
+    monkeypatch.setattr(cli, "_become_root", lambda argv: None)
+    monkeypatch.setattr(cli, "_status", lambda chosen, console: (tmp_path / "etc").mkdir() or 0)
+    users = os.umask(0o077)
+    try:
+        assert cli.main(["status"]) == 0
+    finally:
+        os.umask(users)
+    assert (tmp_path / "etc").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_is_secret_is_its_owners_alone_all_the_same(tmp_path: Path) -> None:
+    outputs = {"caCertificate": "-", "sshPrivateKey": "-", "master": MASTER, "masterPassword": "-"}
+    for part in ("machines", "volumes", "world"):
+        (tmp_path / part).mkdir()
+    users = os.umask(0o022)
+    try:
+        State.load(tmp_path / "state.json").save()
+        Cloud().save(tmp_path / "cloud.json")
+        cli._write_outputs(Plan(0, tmp_path), tmp_path, outputs)
+    finally:
+        os.umask(users)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
+    secret = {"state.json", "passphrase", "cloud.json", "operator.key", "master.curl"}
+    assert secret <= modes.keys()
+    assert set(modes.values()) == {0o600}
 
 
 @pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"], ["verify"], ["ssh"]])

@@ -1,9 +1,12 @@
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sandbox import dns
+from sandbox import dns, network
+from sandbox import plan as plan_module
 from sandbox.host import SandboxError
 from sandbox.network import (
     Attachment,
@@ -242,6 +245,25 @@ def test_hosts_files_are_in_order():
 def test_a_firewall_that_forwards_nothing_is_refused_with_the_remedy() -> None:
     docker = {"family": "ip", "table": "filter", "name": "FORWARD", "hook": "forward"}
     check_forwarding([{**docker, "policy": "accept"}, {"name": "of no hook"}])
+    # The sandbox has no IPv6, nor a bridge.
+    check_forwarding([{**docker, "family": kind, "policy": "drop"} for kind in ("ip6", "bridge")])
+    with pytest.raises(SandboxError, match="inet filter drops"):
+        check_forwarding([{**docker, "family": "inet", "policy": "drop"}])
     with pytest.raises(SandboxError, match="FORWARD") as refusal:
         check_forwarding([{**docker, "policy": "drop"}])
     assert "iptables -P FORWARD ACCEPT" in refusal.value.remedy
+
+
+def test_where_nft_is_not_installed_there_is_no_table_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if argv[0] == "nft":
+            raise SandboxError("The program 'nft' is not installed.")
+        return subprocess.CompletedProcess(argv, 1, "", "")
+
+    monkeypatch.setattr(plan_module, "RUNTIME_ROOT", tmp_path)
+    monkeypatch.setattr(network, "NETNS_DIR", tmp_path)
+    monkeypatch.setattr(network, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert network.destroy_all(Plan(3, tmp_path)) == []
