@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from sandbox.preview import differences
+from sandbox.program import evaluate, read_project
+from sandbox.recorder import Recorder
 from tests.unit.conftest import NAMESPACE, ROOT, Evaluated, run_program
 
 
@@ -135,6 +138,17 @@ def test_a_commit_is_compared_with_the_working_tree(checkout: Path) -> None:
     }
     assert properties == {"~ stdin", "~ instanceType"}
     assert "core05.internal:9100" in told.stdout
+
+
+@pytest.mark.parametrize("module", ["settings.py", "job_settings.py", "hostfiles/duration.py"])
+def test_another_folder_is_evaluated_with_its_own_modules(checkout: Path, module: str) -> None:
+    ours = {name: importlib.import_module(name) for name in ("settings", "hostfiles.duration")}
+    (checkout / module).write_text('raise ValueError("this very module")\n')
+    with pytest.raises(ValueError, match="this very module"):
+        evaluate(read_project(checkout, "dev"), Recorder())
+    assert {name: sys.modules[name] for name in ours} == ours
+    files = {str(getattr(known, "__file__", None)) for known in list(sys.modules.values())}
+    assert not {file for file in files if file.startswith(str(checkout))}
 
 
 def test_a_commit_that_is_not_there_is_told_with_the_remedy(checkout: Path) -> None:
