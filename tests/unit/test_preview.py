@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sandbox import preview as preview_module
 from sandbox.preview import differences
 from sandbox.program import evaluate, read_project
 from sandbox.recorder import Recorder
@@ -149,6 +150,21 @@ def test_another_folder_is_evaluated_with_its_own_modules(checkout: Path, module
     assert {name: sys.modules[name] for name in ours} == ours
     files = {str(getattr(known, "__file__", None)) for known in list(sys.modules.values())}
     assert not {file for file in files if file.startswith(str(checkout))}
+
+
+def test_a_commit_is_checked_out_by_a_python_whose_tarfile_has_no_filters(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extractall(self: object, path: str = ".", members: object = None) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("tarfile.TarFile.extractall", extractall)
+    monkeypatch.setattr(preview_module, "HERE", checkout)
+    folder = tmp_path / "commit"
+    folder.mkdir()
+    preview_module._check_out("main", folder)
+    assert (folder / "tests/run").read_bytes() == (ROOT / "tests/run").read_bytes()
+    assert os.access(folder / "tests/run", os.X_OK)
 
 
 def test_a_commit_that_is_not_there_is_told_with_the_remedy(checkout: Path) -> None:
