@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -250,15 +251,32 @@ def _converge(
             "random": RandomProvider(),
             "command": CommandProvider(cancelled, plan.runtime_dir / "ssh"),
         }
-        try:
-            with ReleaseServer(plan):
-                changes = engine.up(replace(project, config=config))
-        except BaseException:
-            # Only hosts that boot are waited for from here on.
-            cancelled.set()
-            raise
+        with called_off_with(hosts, cancelled), ReleaseServer(plan):
+            changes = engine.up(replace(project, config=config))
         changes.started = [*hosts.result(), *started]
     return changes, state, config, local
+
+
+@contextmanager
+def called_off_with(hosts: Future[Any], cancelled: threading.Event) -> Iterator[None]:
+    """What this block does is called off when the hosts fail, whose reason is told then.
+
+    When the block fails, too: only hosts that boot are waited for from there on.
+    """
+
+    def heed(done: Future[Any]) -> None:
+        if done.exception():
+            cancelled.set()
+
+    hosts.add_done_callback(heed)
+    try:
+        yield
+    except BaseException as error:
+        cancelled.set()
+        # It would wait for them in vain, and name only what it waited for.
+        if isinstance(error, Exception) and hosts.done() and (reason := hosts.exception()):
+            raise reason from error
+        raise
 
 
 def _write_outputs(plan: Plan, stack: Path, outputs: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -130,11 +130,25 @@ def machine_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
     """Return every package source that this machine uses."""
     files = [etc_apt / "sources.list", *sorted((etc_apt / "sources.list.d").glob("*"))]
     return [
-        source
+        replace(source, uri=uri)
         for file in files
         if file.is_file() and file.suffix in (".list", ".sources")
         for source in parse_sources(file.read_text(), deb822=file.suffix == ".sources")
+        if (uri := _address(source.uri))
     ]
+
+
+def _address(uri: str) -> str:
+    """The address itself: of a list of mirrors, as Debian's cloud images have, the first."""
+    listed = urlsplit(uri)
+    if listed.scheme != "mirror+file":
+        return uri
+    try:
+        # After an address may follow what apt shall know of it.
+        found = re.search(r"^\s*(https?://\S+)", Path(listed.path).read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def mirror(sources: Sequence[Source] | None = None) -> str:
@@ -156,12 +170,20 @@ def mirror(sources: Sequence[Source] | None = None) -> str:
 
 
 def image_sources(sources: Sequence[Source] | None = None) -> list[Source]:
-    """Return the sources of the image: the machine's mirror, with its security suite if used."""
+    """Return the sources of the image: the machine's mirror, with its security suite if used.
+
+    Debian's alone: on a derivative a suite of this name is of another distribution.
+    """
     sources = machine_sources() if sources is None else sources
     found = [Source(uri=mirror(sources), suite=SUITE)]
-    security = [s.uri for s in sources if s.suite.endswith("-security")]
+    security = [s.uri for s in sources if s.suite.endswith("-security") and _is_debians(s.uri)]
     found += [Source(uri=uri, suite=f"{SUITE}-security") for uri in dict.fromkeys(security)][:1]
     return found
+
+
+def _is_debians(security: str) -> bool:
+    parts = urlsplit(security)
+    return parts.scheme in ("http", "https") and parts.path.rstrip("/").endswith("/debian-security")
 
 
 def proxy_options() -> list[str]:

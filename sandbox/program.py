@@ -12,7 +12,6 @@ import contextlib
 import contextvars
 import hashlib
 import json
-import os
 import re
 import runpy
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import pulumi
@@ -33,6 +33,7 @@ from pulumi.runtime.sync_await import _ensure_event_loop, _sync_await
 
 from sandbox.host import SandboxError
 
+_HERE = Path(__file__).resolve().parent.parent
 # How a secret looks on the wire: https://github.com/pulumi/pulumi/blob/master/sdk/python/lib/pulumi/runtime/rpc.py
 _SIGNATURE = rpc._special_sig_key
 _SECRET = rpc._special_secret_sig
@@ -242,7 +243,11 @@ def evaluate(project: Project, backend: Backend, *, preview: bool = False) -> di
     """
     # In a thread of its own: Pulumi runs event loops inside event loops, which leaves the
     # interpreter's count of recursions wrong for what comes after on the same thread.
-    with ThreadPoolExecutor(1, thread_name_prefix="program") as thread:
+    with (
+        # To the very end: what waits for a resource looks its types up by its module's name.
+        _modules_from(project.directory),
+        ThreadPoolExecutor(1, thread_name_prefix="program") as thread,
+    ):
         return thread.submit(
             contextvars.Context().run, _evaluate, project, backend, preview
         ).result()
@@ -275,7 +280,7 @@ def _evaluate(project: Project, backend: Backend, preview: bool) -> dict[str, An
 
         @runtime_mocks.test
         def run() -> None:
-            with _inside(project.directory):
+            with contextlib.chdir(project.directory):
                 runpy.run_path(str(project.directory / "__main__.py"), run_name="__main__")
 
         run()
@@ -453,16 +458,30 @@ def _encoded(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _inside(directory: Path) -> Iterator[None]:
-    """The program's own folder as the working directory and first on the import path.
+def _modules_from(directory: Path) -> Iterator[None]:
+    """The program's own folder first on the import path.
 
-    Modules of another checkout's program, imported before, are forgotten for the while.
+    Modules of this checkout's program are forgotten for the while where another one's is run.
     """
-    before = Path.cwd()
+    another = not directory.samefile(_HERE)
+    ours = _modules_of(_HERE) if another else {}
+    for name in ours:
+        del sys.modules[name]
     sys.path.insert(0, str(directory))
-    os.chdir(directory)
     try:
         yield
     finally:
-        os.chdir(before)
         sys.path.remove(str(directory))
+        for name in _modules_of(directory) if another else ():
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
+def _modules_of(directory: Path) -> dict[str, ModuleType]:
+    """What was imported from a checkout, but for this package, and for what is in its .venv."""
+    return {
+        name: module
+        for name, module in sys.modules.items()
+        if (top := name.partition(".")[0]) not in ("sandbox", "__main__")
+        and (getattr(module, "__file__", None) or "").startswith(str(directory / top))
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sandbox import preview as preview_module
 from sandbox.preview import differences
+from sandbox.program import evaluate, read_project
+from sandbox.recorder import Recorder
 from tests.unit.conftest import NAMESPACE, ROOT, Evaluated, run_program
 
 
@@ -135,6 +139,32 @@ def test_a_commit_is_compared_with_the_working_tree(checkout: Path) -> None:
     }
     assert properties == {"~ stdin", "~ instanceType"}
     assert "core05.internal:9100" in told.stdout
+
+
+@pytest.mark.parametrize("module", ["settings.py", "job_settings.py", "hostfiles/duration.py"])
+def test_another_folder_is_evaluated_with_its_own_modules(checkout: Path, module: str) -> None:
+    ours = {name: importlib.import_module(name) for name in ("settings", "hostfiles.duration")}
+    (checkout / module).write_text('raise ValueError("this very module")\n')
+    with pytest.raises(ValueError, match="this very module"):
+        evaluate(read_project(checkout, "dev"), Recorder())
+    assert {name: sys.modules[name] for name in ours} == ours
+    files = {str(getattr(known, "__file__", None)) for known in list(sys.modules.values())}
+    assert not {file for file in files if file.startswith(str(checkout))}
+
+
+def test_a_commit_is_checked_out_by_a_python_whose_tarfile_has_no_filters(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extractall(self: object, path: str = ".", members: object = None) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("tarfile.TarFile.extractall", extractall)
+    monkeypatch.setattr(preview_module, "HERE", checkout)
+    folder = tmp_path / "commit"
+    folder.mkdir()
+    preview_module._check_out("main", folder)
+    assert (folder / "tests/run").read_bytes() == (ROOT / "tests/run").read_bytes()
+    assert os.access(folder / "tests/run", os.X_OK)
 
 
 def test_a_commit_that_is_not_there_is_told_with_the_remedy(checkout: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,34 @@ def test_what_is_secret_is_its_owners_alone_all_the_same(tmp_path: Path) -> None
     secret = {"state.json", "passphrase", "cloud.json", "operator.key", "master.curl"}
     assert secret <= modes.keys()
     assert set(modes.values()) == {0o600}
+
+
+def test_hosts_that_do_not_boot_end_what_waits_for_them_and_are_the_reason_told() -> None:
+    hosts: Future[list[str]] = Future()
+    cancelled = threading.Event()
+    with (  # noqa: PT012 - what fails in the block is what it is about
+        pytest.raises(SandboxError, match="core01 did not boot"),
+        cli.called_off_with(hosts, cancelled),
+    ):
+        assert not cancelled.is_set()
+        hosts.set_exception(SandboxError("core01 did not boot", ""))
+        assert cancelled.is_set()
+        raise InterruptedError("stopped before this was done")
+
+
+@pytest.mark.parametrize("booted", [True, False])
+def test_what_fails_while_the_hosts_boot_or_after_is_told_itself(booted: bool) -> None:
+    hosts: Future[list[str]] = Future()
+    cancelled = threading.Event()
+    with (  # noqa: PT012 - as above
+        pytest.raises(ValueError, match="of its own"),
+        cli.called_off_with(hosts, cancelled),
+    ):
+        if booted:
+            hosts.set_result(["core01"])
+        assert not cancelled.is_set()
+        raise ValueError("of its own")
+    assert cancelled.is_set()
 
 
 @pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"], ["verify"], ["ssh"]])

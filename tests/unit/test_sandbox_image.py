@@ -80,6 +80,41 @@ def test_a_machine_without_a_debian_mirror_is_told_what_to_do():
     assert "SANDBOX_DEBIAN_MIRROR" in caught.value.remedy
 
 
+def test_a_security_suite_of_another_distribution_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SANDBOX_DEBIAN_MIRROR", "http://given.example.org/debian")
+    other = [
+        Source(uri="http://security.example.org/ubuntu", suite="noble-security"),
+        Source(uri="file:/srv/debian-security", suite="bookworm-security"),
+    ]
+    assert [s.line for s in image_sources(other)] == [
+        "deb http://given.example.org/debian trixie main"
+    ]
+    debians = Source(uri="https://a.example.org/debian-security/", suite="bookworm-security")
+    assert [s.line for s in image_sources([*other, debians])][1:] == [
+        "deb https://a.example.org/debian-security/ trixie-security main"
+    ]
+
+
+def test_a_file_of_mirrors_stands_for_its_first(tmp_path: Path):
+    mirrors = tmp_path / "mirrors"
+    mirrors.mkdir()
+    (mirrors / "debian.list").write_text(
+        "# Mirrors\nftp://c.example.org/debian\n"
+        "https://a.example.org/debian\tpriority:1\nhttps://b.example.org/debian\n"
+    )
+    (mirrors / "security.list").write_text("https://a.example.org/debian-security\n")
+    (tmp_path / "sources.list").write_text(
+        f"deb mirror+file://{mirrors}/debian.list bookworm main\n"
+        f"deb mirror+file:{mirrors}/security.list bookworm-security main\n"
+        f"deb mirror+file://{mirrors}/not-there/debian bookworm main\n"
+    )
+    assert [s.line for s in image_sources(machine_sources(tmp_path))] == [
+        "deb https://a.example.org/debian trixie main",
+        "deb https://a.example.org/debian-security trixie-security main",
+    ]
+    assert len(machine_sources(tmp_path)) == 2
+
+
 def test_a_tarball_is_the_same_bytes_on_every_run(tmp_path: Path):
     for name in ("b", "a"):
         (tmp_path / name).write_bytes(name.encode() * 100)
