@@ -218,9 +218,8 @@ def _places(value: Any, path: Path) -> Iterator[tuple[str, int]]:
         yield host, int(port)
     elif path and _is_place(path):
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        parts = split_url(text.strip())
-        wanted = parts and parts.scheme == "https" and parts.hostname
-        if not parts or not wanted or "{" in parts.netloc:
+        parts = split_url(text.strip(), "https")
+        if not parts or "{" in parts.netloc:
             raise ValueError(
                 f"has no https address with a plain host in {_named(path)} (not shown); anyone on "
                 "the way could read what is sent over http"

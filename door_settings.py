@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
@@ -14,9 +15,8 @@ HTTPS_PORT = 443
 
 
 def _issuer(value: str) -> str:
-    parts = split_url(value)
-    wanted = parts and parts.scheme == "https" and parts.hostname
-    if not parts or not wanted or parts.query or parts.fragment:
+    parts = split_url(value, "https")
+    if not parts or parts.query or parts.fragment:
         raise ValueError("is not an https address; write it like https://accounts.example.com")
     return value
 
@@ -74,8 +74,7 @@ class OAuth2Settings(Model):
     @property
     def port(self) -> int:
         """Where the provider listens."""
-        parts = split_url(self.issuer)
-        return (parts and parts.port) or HTTPS_PORT
+        return urlsplit(self.issuer).port or HTTPS_PORT
 
     def public(self) -> OAuth2:
         """All of it that is not secret."""

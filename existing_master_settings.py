@@ -26,9 +26,8 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def _url(value: str) -> str:
-    parts = split_url(value)
-    wanted = parts and parts.scheme in ("http", "https") and parts.hostname
-    if not parts or not wanted or parts.query or parts.username:
+    parts = split_url(value, "http", "https")
+    if not parts or parts.query or parts.username:
         raise ValueError(
             "is not the address of a Prometheus; write it like http://127.0.0.1:9090 or, with the "
             "path of its --web.external-url, http://127.0.0.1:9090/prometheus"

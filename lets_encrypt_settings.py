@@ -21,7 +21,7 @@ ROOTS = Path(__file__).with_name("lets_encrypt_roots.pem")
 
 def _directory(value: str) -> str:
     shape = r"https://[a-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9._~-]+)*/?"
-    if not re.fullmatch(shape, value) or not split_url(value):
+    if not re.fullmatch(shape, value) or not split_url(value, "https"):
         raise ValueError(f"is not the directory of an ACME server; write it like {LETS_ENCRYPT}")
     return value
 

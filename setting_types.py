@@ -32,14 +32,17 @@ def matching(pattern: str, remedy: str) -> AfterValidator:
     return AfterValidator(checked)
 
 
-def split_url(value: str) -> SplitResult | None:
-    """The parts of a URL; None if it is none, as with a port beyond 65535."""
+def split_url(value: str, *schemes: str) -> SplitResult | None:
+    """The parts of a URL of one of these schemes; None if it is none, or names no host.
+
+    Nor is it one with a port beyond 65535.
+    """
     try:
         parts = urlsplit(value)
         _ = parts.port
     except ValueError:
         return None
-    return parts
+    return parts if parts.scheme in schemes and parts.hostname else None
 
 
 def _domain_name(value: str) -> str:
